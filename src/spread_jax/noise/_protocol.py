@@ -1,0 +1,34 @@
+"""What a spread noise is."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import jax
+
+__all__ = ["SpreadNoise"]
+
+
+@runtime_checkable
+class SpreadNoise(Protocol):
+    """A spread noise p(y|x): anything with these three methods works in every objective.
+
+    The first axis of x and y is the batch, all others are the event. A noise is a pytree, so its numbers can
+    be annealed, vmapped or trained. Where a closed form exists a noise also offers
+
+      - `expected_log_prob(x, x2)` -> [batch], the integral of p(y|x) log p(y|x2) over y, in nats;
+      - `characteristic_function(omega)` -> [batch], the Fourier transform of a stationary kernel;
+      - `mmd_kernel(x, x2)` -> [n, m], the integral of p(y|x) p(y|x2) over y.
+    """
+
+    def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
+        """Draws y ~ p(y|x), of the shape of x."""
+        ...
+
+    def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """log p(y|x) in nats, one number for each example: [batch]."""
+        ...
+
+    def location(self, x: jax.Array) -> jax.Array:
+        """The noise-free y: x itself, or f(x) for a transformed noise."""
+        ...
