@@ -28,16 +28,13 @@ def check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Ar
     """Refuses two arrays of different shapes: a silent broadcast would mix examples."""
     if value.shape != other.shape:
         raise ValueError(
-            f"{name} and {other_name} must have the same shape [batch, *event], "
-            f"got {value.shape} and {other.shape}."
+            f"{name} and {other_name} must have the same shape [batch, *event], got {value.shape} and {other.shape}."
         )
 
 
 def check_positive(name: str, value) -> None:
     """Refuses concrete numbers that are not positive and finite; traced numbers pass unchecked."""
-    if isinstance(value, jax.core.Tracer) or not isinstance(
-        value, (int, float, np.ndarray, np.generic, jax.Array)
-    ):
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
         return
     array = np.asarray(value)
     if not np.issubdtype(array.dtype, np.number) and not jnp.issubdtype(array.dtype, jnp.floating):

@@ -128,8 +128,7 @@ _conv_transpose.defvjp(_conv_transpose_forward, _conv_transpose_backward)
 def _same_offset(x, kernel, stride, size):
     """Pixels of SAME padding before the first one, per spatial axis."""
     return tuple(
-        max((o - 1) * stride + k - n, 0) // 2
-        for o, k, n in zip(size, kernel.shape[:2], x.shape[1:3], strict=True)
+        max((o - 1) * stride + k - n, 0) // 2 for o, k, n in zip(size, kernel.shape[:2], x.shape[1:3], strict=True)
     )
 
 
@@ -172,10 +171,12 @@ def _up(x, kernel, stride, offset, size):
     for taps_h, padding_h in phases_h:
         row = []
         for taps_w, padding_w in phases_w:
-            padding = (padding_h, padding_w)
-            row.append(
-                lax.conv_general_dilated(x, kernel[taps_h, taps_w], (1, 1), padding, dimension_numbers=_IMAGE)
-            )
+            taps = kernel[taps_h, taps_w]
+            if taps.size:
+                y = lax.conv_general_dilated(x, taps, (1, 1), (padding_h, padding_w), dimension_numbers=_IMAGE)
+            else:  # a stride larger than the kernel leaves phases that no tap reaches
+                y = jnp.zeros((x.shape[0], -(-size[0] // stride), -(-size[1] // stride), kernel.shape[3]), x.dtype)
+            row.append(y)
         rows.append(jnp.stack(row, axis=3))
     y = jnp.stack(rows, axis=2)  # [batch, height, phase, width, phase, channels]
     batch, height, _, width, _, channels = y.shape

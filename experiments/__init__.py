@@ -1,0 +1,1 @@
+"""The experiments: the only place that joins data, networks, objectives and training."""

@@ -1,0 +1,98 @@
+"""Pictures of a run: grids of images and curves of metrics."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["image_grid", "save_curves", "save_image"]
+
+
+def image_grid(images: np.ndarray, *, columns: int | None = None, padding: int = 2, scale: int = 1) -> np.ndarray:
+    """Tiles images into one picture on white.
+
+    Args:
+      images: [n, height, width, channels] with 1 or 3 channels, uint8, or floating point in [0, 1] (values
+        outside are clipped).
+      columns: images in a row; about the square root of n if None.
+      padding: white pixels between images.
+      scale: each pixel becomes scale x scale.
+
+    Returns:
+      uint8 [rows, columns, 3].
+
+    Raises:
+      ValueError: `images` is not [n, height, width, 1 or 3] with n > 0.
+
+    Example:
+      >>> import numpy as np
+      >>> image_grid(np.zeros((6, 8, 8, 1)), columns=3).shape
+      (22, 32, 3)
+    """
+    images = np.asarray(images)
+    if images.ndim != 4 or images.shape[0] == 0 or images.shape[3] not in (1, 3):
+        raise ValueError(f"images must be [n, height, width, 1 or 3] with n > 0, got {images.shape}.")
+    if images.dtype != np.uint8:
+        images = np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+    count, height, width = images.shape[:3]
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    height, width = height * scale, width * scale
+    grid = np.full((rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8)
+    for index, image in enumerate(images):
+        top = padding + (index // columns) * (height + padding)
+        left = padding + (index % columns) * (width + padding)
+        grid[top : top + height, left : left + width] = image  # one channel broadcasts to three
+    return grid
+
+
+def save_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
+    """Writes uint8 pixels [height, width, 3] as PNG, atomically."""
+    from PIL import Image
+
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    Image.fromarray(pixels).save(part, format="PNG", optimize=True)
+    part.replace(path)
+
+
+def save_curves(
+    records: Sequence[Mapping[str, float]],
+    panels: Mapping[str, Mapping[str, str]],
+    path: str | os.PathLike,
+    *,
+    title: str = "",
+) -> None:
+    """Draws metrics against the step, one panel for each quantity.
+
+    Args:
+      records: dictionaries with `step` and metrics; a metric may be missing from some.
+      panels: axis label (with its unit) -> {metric name: legend}.
+      path: where the PNG goes.
+      title: of the whole figure.
+    """
+    from matplotlib.figure import Figure  # no pyplot: no global state, no backend choice
+
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), layout="constrained")
+    if title:
+        figure.suptitle(title)
+    for axes, (label, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, legend in series.items():
+            points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
+            if points:
+                steps, values = zip(*points, strict=True)
+                axes.plot(steps, values, label=legend, marker="o" if len(points) < 30 else None, markersize=3)
+        axes.set_xlabel("step")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if len(series) > 1 and axes.lines:
+            axes.legend(frameon=False)
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, format="png", dpi=120)
+    part.replace(path)

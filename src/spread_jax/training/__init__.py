@@ -1,0 +1,28 @@
+"""Training: a state, a step, a loop, schedules, sealed checkpoints; knows no particular model."""
+
+from spread_jax.training.checkpoint import Checkpointer, CheckpointError, Restored
+from spread_jax.training.loop import NonFiniteLossError, StepRecord, TrainingInterrupted, every, train
+from spread_jax.training.run_directory import RunDirectory, RunDirectoryError
+from spread_jax.training.schedules import learning_rate_schedule, noise_scale_schedule
+from spread_jax.training.signals import StopRequest
+from spread_jax.training.state import LossOutput, TrainState, create_train_state, make_train_step
+
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "LossOutput",
+    "NonFiniteLossError",
+    "Restored",
+    "RunDirectory",
+    "RunDirectoryError",
+    "StepRecord",
+    "StopRequest",
+    "TrainState",
+    "TrainingInterrupted",
+    "create_train_state",
+    "every",
+    "learning_rate_schedule",
+    "make_train_step",
+    "noise_scale_schedule",
+    "train",
+]

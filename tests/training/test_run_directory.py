@@ -1,0 +1,410 @@
+"""A run's folder: one process at a time, one configuration, every line of metrics whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from spread_jax.training.run_directory import RunDirectory, RunDirectoryError
+
+CONFIG = {"seed": 0, "model": {"width": 64, "scales": (0.5, 1.0)}, "steps": 100}
+
+
+def open_run(path, config=CONFIG, **options):
+    options = {"tensorboard": False, "resumable_keys": ["steps"], **options}
+    return RunDirectory.open(path, config, **options)
+
+
+def steps_of(run):
+    return [record["step"] for record in run.read_metrics()]
+
+
+# --- the configuration ---
+
+
+def test_a_new_folder_is_made_with_its_parents(tmp_path):
+    path = tmp_path / "runs" / "ica" / "small-0"
+    with open_run(path) as run:
+        assert run.path == path
+        assert run.checkpoints_path == path / "checkpoints"
+        assert not run.finished
+        assert run.results is None
+    text = (path / "config.json").read_text()
+    assert json.loads(text)["model"] == {"scales": [0.5, 1.0], "width": 64}
+    assert text.index('"model"') < text.index('"seed"') < text.index('"steps"')
+    assert text.count("\n") > 5
+    with open_run(path) as run:  # a tuple is a list once it is JSON, and still the same
+        assert run.config == json.loads(text)
+
+
+def test_a_dataclass_is_a_configuration(tmp_path):
+    class Kind(enum.Enum):
+        LAPLACE = 1
+
+    @dataclasses.dataclass(frozen=True)
+    class Noise:
+        kind: Kind = Kind.LAPLACE
+        scale: float = float("inf")
+
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        noise: Noise = dataclasses.field(default_factory=Noise)
+        folder: Path = Path("/data")
+        widths: tuple[int, ...] = (1, 2)
+        count: object = np.int64(3)
+
+    for _ in range(2):
+        with open_run(tmp_path, Config()) as run:
+            assert run.config == {
+                "noise": {"kind": "LAPLACE", "scale": "inf"},
+                "folder": "/data",
+                "widths": [1, 2],
+                "count": 3,
+            }
+
+
+def test_another_configuration_is_refused_by_key(tmp_path):
+    with open_run(tmp_path):
+        pass
+    other = {"seed": 0, "model": {"width": 128, "scales": (0.5, 1.0)}, "steps": 200, "new": None}
+    with pytest.raises(RunDirectoryError) as caught:
+        open_run(tmp_path, other)
+    message = str(caught.value)
+    assert "\n  model.width: saved 64, now 128\n" in message
+    assert "\n  new: not saved, now null\n" in message
+    assert "steps" not in message
+    assert "--workdir" in message
+    with pytest.raises(RunDirectoryError, match=r"model\.scales: saved \[0\.5, 1\.0\], now absent"):
+        open_run(tmp_path, {"seed": 0, "model": {"width": 64}, "steps": 100})
+    with open_run(tmp_path):  # a refusal frees the lock and changes nothing
+        assert json.loads((tmp_path / "config.json").read_text())["model"]["width"] == 64
+
+
+def test_resumable_keys_may_change_and_are_updated(tmp_path):
+    with open_run(tmp_path, {"seed": 0, "log": {"every": 10, "bar": True}, "steps": 1}):
+        pass
+    changed = {"seed": 0, "log": {"every": 5, "bar": False}, "steps": 2}
+    with open_run(tmp_path, changed, resumable_keys={"steps", "log"}) as run:
+        assert run.config == changed
+        assert json.loads((tmp_path / "config.json").read_text()) == changed
+
+
+@pytest.mark.parametrize("text", ["", '{"seed": 0,', "[1]", "\0\0\0"])
+def test_a_damaged_config_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunDirectoryError, match=r"config\.json is damaged .*--workdir"):
+        open_run(tmp_path)
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_what_json_cannot_hold_is_named(tmp_path):
+    with pytest.raises(RunDirectoryError, match=r"config\.a\.b\[1\] is a function"):
+        open_run(tmp_path, {"a": {"b": [1, lambda: None]}})
+    with pytest.raises(TypeError, match="config is a list"):
+        open_run(tmp_path, [1])
+
+
+# --- the folder ---
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunDirectoryError, match=r"no config\.json and holds thesis\.tex"):
+        open_run(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+
+
+def test_a_crash_while_the_folder_was_made_leaves_a_new_folder(tmp_path):
+    (tmp_path / ".lock").write_text("process 1 on elsewhere\n")
+    (tmp_path / "config.json.tmp").write_text('{"se')
+    with open_run(tmp_path) as run:
+        assert run.read_metrics() == []
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(RunDirectoryError, match=r"a file\. Give another --workdir"):
+            open_run(path)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A folder on a file system of 64 kilobytes, and a way to make it read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_whole_lines(disk):
+    with open_run(disk / "run") as run:
+        run.log_metrics(0, {"a": 1.0})
+        wide = {f"metric_{i}": i / 7 for i in range(100)}
+
+        def log_until_full():
+            for step in range(1, 100):
+                run.log_metrics(step, wide)
+
+        with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl .*No space left.*Make room"):
+            log_until_full()
+        steps = steps_of(run)
+        assert 10 < len(steps) < 99
+        assert (disk / "run" / "metrics.jsonl").read_bytes().endswith(b"\n")
+        with pytest.raises(RunDirectoryError, match=r"results\.json .*No space left"):
+            run.write_results({"a": list(range(10_000))})
+        assert not run.finished
+        run.truncate_metrics(5)
+        run.log_metrics(6, {"a": 2.0})  # goes on once there is room
+        assert steps_of(run) == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_read_only_disk_is_one_sentence(disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(RunDirectoryError, match="Read-only file system"):
+        open_run(disk / "run")
+
+
+# --- the lock ---
+
+HOLDER = """
+import sys, time
+from spread_jax.training.run_directory import RunDirectory
+run = RunDirectory.open(sys.argv[1], {"seed": 0})
+run.log_metrics(1, {"a": 1.0})
+print("open", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_folder_and_a_crash_frees_it(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert holder.stdout.readline() == "open\n"
+        host = os.uname().nodename
+        message = rf"in use by process {holder.pid} on {host} since .*--workdir"
+        for _ in range(2):  # asking does not overwrite who holds it
+            with pytest.raises(RunDirectoryError, match=message):
+                open_run(tmp_path, {"seed": 0})
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    with open_run(tmp_path, {"seed": 0}) as run:
+        assert steps_of(run) == [1]
+
+
+def test_close_frees_the_lock_and_ends_writing(tmp_path):
+    run = open_run(tmp_path)
+    with pytest.raises(RunDirectoryError, match=f"process {os.getpid()} "):
+        open_run(tmp_path)
+    run.close()
+    run.close()
+    for write in (
+        lambda: run.log_metrics(1, {"a": 1.0}),
+        lambda: run.write_results({}),
+        lambda: run.truncate_metrics(0),
+    ):
+        with pytest.raises(RunDirectoryError, match="is closed"):
+            write()
+    with open_run(tmp_path):
+        pass
+
+
+# --- metrics ---
+
+
+def test_every_line_is_valid_json_and_every_number_comes_back(tmp_path):
+    metrics = {"a": 0.1, "nan": float("nan"), "up": np.inf, "down": -np.inf, "np": np.float32(0.1)}
+    with open_run(tmp_path) as run:
+        run.log_metrics(np.int64(7), metrics)
+        line = (tmp_path / "metrics.jsonl").read_text()  # in the file before anything is closed
+
+        def refuse(constant):
+            raise ValueError(constant)
+
+        record = json.loads(line, parse_constant=refuse)
+        assert list(record) == ["step", "time", *metrics]
+        assert (record["nan"], record["up"], record["down"]) == ("nan", "inf", "-inf")
+        (found,) = run.read_metrics()
+    assert found["step"] == 7
+    assert found["time"] > 1e9
+    for name, value in metrics.items():
+        np.testing.assert_equal(found[name], float(value))
+
+
+@pytest.mark.parametrize("name", ["step", "time"])
+def test_reserved_names(tmp_path, name):
+    with open_run(tmp_path) as run, pytest.raises(ValueError, match=f"named '{name}'"):
+        run.log_metrics(1, {name: 1.0})
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cut=st.integers(0, 400), junk=st.binary(max_size=4).filter(lambda b: b"\n" not in b))
+def test_a_torn_last_line_is_dropped_and_repaired(tmp_path, cut, junk):
+    """Cut the file anywhere: what was whole stays, and the next record starts on its own line."""
+    path = tmp_path / "metrics.jsonl"
+    path.unlink(missing_ok=True)
+    with open_run(tmp_path) as run:
+        for step in range(6):
+            run.log_metrics(step, {"loss": step / 3})
+    data = path.read_bytes()[:cut] + junk
+    path.write_bytes(data)
+    whole = data.count(b"\n")
+    with open_run(tmp_path) as run:
+        assert steps_of(run) == list(range(whole))
+        run.log_metrics(99, {"loss": 0.0})
+        assert steps_of(run) == [*range(whole), 99]
+    assert path.read_bytes().count(b"\n") == whole + 1
+
+
+def test_a_torn_line_longer_than_a_block_is_repaired(tmp_path):
+    with open_run(tmp_path) as run:
+        run.log_metrics(1, {"a": 1.0})
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b"x" * 200_000)
+    with open_run(tmp_path) as run:
+        run.log_metrics(2, {"a": 1.0})
+        assert steps_of(run) == [1, 2]
+
+
+def test_a_damaged_line_in_the_middle_is_an_error_with_its_number(tmp_path):
+    with open_run(tmp_path) as run:
+        for step in range(3):
+            run.log_metrics(step, {"a": 1.0})
+        path = tmp_path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True)
+        for damage in (b"\xff\xfe\n", b"[1]\n", b'{"time": 1}\n', b"3\n"):
+            path.write_bytes(lines[0] + damage + lines[2])
+            with pytest.raises(RunDirectoryError, match=r"line 2 of .*metrics\.jsonl"):
+                run.read_metrics()
+
+
+def test_an_interrupted_run_leaves_the_file_of_an_unbroken_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1e9)
+
+    def log(run, steps):
+        for step in steps:
+            run.log_metrics(step, {"loss": 1.0 / (1 + step), "bad": float("nan")})
+
+    with open_run(tmp_path / "unbroken") as run:
+        log(run, range(20))
+    with open_run(tmp_path / "broken") as run:
+        log(run, range(13))
+    with open(tmp_path / "broken" / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 13, "los')
+    with open_run(tmp_path / "broken") as run:
+        run.truncate_metrics(9)  # the checkpoint of step 9 was the newest
+        log(run, range(10, 15))
+        run.truncate_metrics(11)  # also with the file open
+        log(run, range(12, 20))
+    unbroken, broken = (tmp_path / name / "metrics.jsonl" for name in ("unbroken", "broken"))
+    assert unbroken.read_bytes() == broken.read_bytes()
+    with open_run(tmp_path / "broken") as run:
+        run.truncate_metrics(-1)
+        assert run.read_metrics() == []
+
+
+def test_truncating_records_out_of_order_keeps_the_earlier_steps(tmp_path):
+    with open_run(tmp_path) as run:
+        for step in (1, 5, 2, 6):
+            run.log_metrics(step, {"a": 1.0})
+        run.truncate_metrics(4)
+        assert steps_of(run) == [1, 2]
+
+
+# --- TensorBoard ---
+
+
+def read_events(folder):
+    from tensorboardX.proto.event_pb2 import Event
+
+    events = []
+    for path in sorted(folder.iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            events.append(Event.FromString(data[12 : 12 + size]))
+            data = data[16 + size :]
+    return events
+
+
+def test_events_hold_the_metrics_and_a_resumed_run_purges(tmp_path):
+    with open_run(tmp_path, tensorboard=True) as run:
+        assert not (tmp_path / "tensorboard").exists()  # nothing is imported before it is needed
+        for step in range(4):
+            run.log_metrics(step, {"loss": step / 2, "nan": float("nan")})
+    with open_run(tmp_path, tensorboard=True) as run:
+        run.truncate_metrics(1)
+        run.log_metrics(2, {"loss": 7.0})
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2  # in the same second
+    events = read_events(tmp_path / "tensorboard")
+    losses = [
+        (event.step, value.simple_value) for event in events for value in event.summary.value if value.tag == "loss"
+    ]
+    assert losses == [(0, 0.0), (1, 0.5), (2, 1.0), (3, 1.5), (2, 7.0)]
+    starts = [event.step for event in events if event.HasField("session_log")]
+    assert starts == [2]
+
+
+def test_without_tensorboardx_the_metrics_are_logged_and_it_is_said_once(tmp_path, monkeypatch):
+    for name in ("tensorboardX", "tensorboardX.event_file_writer"):
+        monkeypatch.setitem(sys.modules, name, None)
+    said = []
+    with open_run(tmp_path, tensorboard=True, log=said.append) as run:
+        run.log_metrics(1, {"a": 1.0})
+        run.log_metrics(2, {"a": 1.0})
+        assert steps_of(run) == [1, 2]
+    assert said == ["tensorboardX is not installed: metrics go to metrics.jsonl alone."]
+
+
+def test_events_that_cannot_be_written_end_events_alone(tmp_path):
+    said = []
+    with open_run(tmp_path, tensorboard=True, log=said.append) as run:
+        (tmp_path / "tensorboard").write_text("a file in the way")
+        run.log_metrics(1, {"a": 1.0})
+        run.log_metrics(2, {"a": 1.0})
+        assert steps_of(run) == [1, 2]
+    assert len(said) == 1
+    assert "metrics.jsonl goes on" in said[0]
+
+
+# --- results and figures ---
+
+
+def test_results_finish_a_run(tmp_path):
+    results = {"bound": np.float32(-1.5), "nan": float("nan"), "steps": 3, "per_class": (1.0, 2.0)}
+    with open_run(tmp_path) as run:
+        run.write_results(results)
+        assert run.finished
+    with open_run(tmp_path) as run:
+        assert run.finished
+        assert run.results == {"bound": -1.5, "nan": "nan", "steps": 3, "per_class": [1.0, 2.0]}
+        text = (tmp_path / "results.json").read_text()
+        (tmp_path / "results.json").write_text(text[:-4])
+        assert not run.finished  # torn by something other than this library
+
+
+def test_figures(tmp_path):
+    with open_run(tmp_path) as run:
+        assert run.save_figure_path("samples") == tmp_path / "samples.png"
+        assert run.save_figure_path("samples.pdf") == tmp_path / "samples.pdf"
+        for name in ("", "../samples", "a/b", "/tmp/x"):
+            with pytest.raises(ValueError, match="a figure is named"):
+                run.save_figure_path(name)

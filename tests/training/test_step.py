@@ -1,0 +1,193 @@
+"""The step against hand-written optimisation; the loop's bookkeeping; schedules."""
+
+import itertools
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from spread_jax.training import (
+    LossOutput,
+    NonFiniteLossError,
+    StopRequest,
+    TrainingInterrupted,
+    create_train_state,
+    learning_rate_schedule,
+    make_train_step,
+    noise_scale_schedule,
+    train,
+)
+
+
+def loss(params, model_state, batch, *, key, step):
+    """Least squares with noise from the key; counts its calls in the model state."""
+    target = batch + 0.1 * jax.random.normal(key, batch.shape)
+    value = jnp.square(params["w"] - target).mean()
+    return value, LossOutput({"seen": model_state["seen"] + 1}, {"step_seen": step})
+
+
+def make(optimizer, **options):
+    params = {"w": jnp.asarray([1.0, -2.0])}
+    state = create_train_state(params, {"seen": jnp.zeros(())}, optimizer, key=jax.random.key(7))
+    return state, make_train_step(loss, optimizer, **options)
+
+
+def test_step_is_gradient_descent_with_a_moving_average():
+    state, step = make(optax.sgd(0.1), ema_decay=0.9)
+    w = np.array([1.0, -2.0])
+    average = w.copy()
+    for t in range(5):
+        batch = np.full(2, float(t))
+        noise = 0.1 * np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(7), t), (2,)))
+        gradient = w - (batch + noise)  # d/dw of the mean over two entries
+        state, metrics = step(state, jnp.asarray(batch, jnp.float32))
+        np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradient), rtol=1e-5)
+        assert int(metrics["step_seen"]) == t
+        w = w - 0.1 * gradient
+        decay = min(0.9, (1 + t) / (10 + t))
+        average = decay * average + (1 - decay) * w
+    np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
+    np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+    assert int(state.step) == 5
+    assert float(state.model_state["seen"]) == 5
+
+
+def test_step_compiles_once_and_donates():
+    state, step = make(optax.adam(1e-2))
+    first = state.params["w"]
+    for _ in range(3):
+        state, _ = step(state, jnp.ones(2))
+    assert step._cache_size() == 1
+    assert first.is_deleted()
+
+
+def test_refuses_a_decay_outside_its_range():
+    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1.0"):
+        make(optax.sgd(0.1), ema_decay=1.0)
+
+
+def counting_step(bad_at=None):
+    """A step over integers, whose metric is NaN at one step."""
+
+    def step(state, batch):
+        assert batch == state
+        return state + 1, {"value": math.nan if state + 1 == bad_at else float(state)}
+
+    return step
+
+
+def run(step, *, num_steps=10, start=0, **options):
+    log = {"records": [], "saves": [], "evaluations": []}
+
+    def evaluate(step, state):
+        log["evaluations"].append((step, state))
+        return {"score": float(step)}
+
+    result = None
+    try:
+        result = train(
+            start,
+            step,
+            itertools.count(start),
+            start_step=start,
+            num_steps=num_steps,
+            on_record=log["records"].append,
+            save=lambda step, state, metrics: log["saves"].append((step, state, dict(metrics))),
+            on_evaluate=evaluate,
+            **{"record_every": 4, "evaluate_every": 6, "save_every": 3, **options},
+        )
+    except (NonFiniteLossError, TrainingInterrupted) as error:
+        log["error"] = error
+    return result, log
+
+
+def test_loop_calls_at_its_intervals_and_at_the_end():
+    result, log = run(counting_step())
+    assert result == 10
+    assert [(r.step, r.metrics["value"]) for r in log["records"]] == [(4, 3.0), (8, 7.0), (10, 9.0)]
+    assert log["evaluations"] == [(6, 6), (10, 10)]
+    assert log["saves"] == [
+        (3, 3, {}),
+        (6, 6, {"score": 6.0}),
+        (9, 9, {}),
+        (10, 10, {"score": 10.0}),
+    ]
+
+
+def test_loop_starts_where_it_is_told():
+    result, log = run(counting_step(), start=7)
+    assert result == 10
+    assert [r.step for r in log["records"]] == [8, 10]
+
+
+@pytest.mark.parametrize("bad_at", [1, 5, 7, 10])
+def test_a_bad_value_is_reported_with_its_step_and_never_saved(bad_at):
+    _, log = run(counting_step(bad_at), record_every=100)
+    assert log["error"].step == bad_at
+    assert "not finite (value = nan)" in str(log["error"])
+    assert all(step < bad_at for step, *_ in log["saves"])
+
+
+def test_a_request_to_stop_saves_and_raises():
+    with StopRequest() as stop:
+
+        def step(state, batch):
+            if state == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return state + 1, {"value": 0.0}
+
+        _, log = run(step, stop=stop, save_every=100)
+    assert log["error"].signal == signal.SIGTERM
+    assert log["error"].step == 5
+    assert log["saves"] == [(5, 5, {})]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_interrupt_is_not_held_back():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_noise_scale_schedule_is_the_published_staircase():
+    schedule = noise_scale_schedule(0.5, 0.1, decay=0.9, every=10, begin=5)
+    for step in (0, 5, 14, 15, 100, 1000):
+        expected = max(0.1, 0.5 * 0.9 ** max(0, (step - 5) // 10))
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(schedule)(step), expected, rtol=1e-5)
+    assert float(noise_scale_schedule(0.3, 0.3)(77)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1.0, 0.1), "initial must be positive"),
+        ((0.1, 0.5), "final must not exceed initial"),
+        ((0.5, 0.1, 1.5), r"decay must be in \(0, 1\)"),
+    ],
+)
+def test_noise_scale_schedule_refuses(arguments, message):
+    initial, final, *decay = arguments
+    with pytest.raises(ValueError, match=message):
+        noise_scale_schedule(initial, final, **({"decay": decay[0]} if decay else {}))
+
+
+def test_learning_rate_schedule():
+    schedule = learning_rate_schedule(1.0, num_steps=110, warmup=10, final_fraction=0.2)
+    assert float(schedule(0)) == 0.0
+    assert float(schedule(5)) == pytest.approx(0.5)
+    for step in (10, 60, 110):
+        expected = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 100))
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
+    assert float(learning_rate_schedule(0.3, num_steps=5)(4)) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"warmup must be in \[0, num_steps\)"):
+        learning_rate_schedule(1.0, num_steps=10, warmup=10)
+    with pytest.raises(ValueError, match="final_fraction must be in"):
+        learning_rate_schedule(1.0, num_steps=10, final_fraction=2.0)
