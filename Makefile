@@ -24,10 +24,10 @@ sample: $(VENV)/.train ## Draw samples from a finished run: RUN_DIR=runs/celeba/
 	$(RUN) -m experiments.sample "$(RUN_DIR)" $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors
-	$(RUN) -m pytest -n 2 --dist worksteal $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-fast: $(VENV)/.dev ## Run the tests that take seconds
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting
 	$(RUN) -m ruff check .

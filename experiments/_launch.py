@@ -16,6 +16,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
+import spread_jax
+
 C = TypeVar("C")
 
 # Keeps convolutions out of XLA's CPU fusions, where they miss the fast kernels: 1.2 to 1.9 times faster.
@@ -100,8 +102,8 @@ def _set_cpu_flag() -> None:
 
 def versions() -> dict[str, str]:
     """The versions a result depends on."""
-    found = {"python": platform.python_version()}
-    for package in ("spread-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
+    found = {"python": platform.python_version(), "spread_jax": spread_jax.__version__}
+    for package in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

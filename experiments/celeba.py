@@ -58,9 +58,9 @@ class Config:
     """The run's folder; runs/celeba/<preset>-<seed> if not given."""
     seed: int = 0
     """Seed of the data order, the initial parameters and the noise."""
-    steps: int = 600
+    steps: int = 1800
     """Optimiser steps in all; a finished run continues if this is raised."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Images in a batch, over all devices."""
 
     latent_dim: int = 32
@@ -74,11 +74,11 @@ class Config:
 
     noise_scale: float = 0.5
     """Sigma of the Gaussian spread noise at the start."""
-    final_noise_scale: float = 0.5
+    final_noise_scale: float = 0.3
     """Sigma is annealed down to this."""
     noise_decay: float = 0.9
     """Factor of each reduction of sigma."""
-    noise_decay_every: int = 100
+    noise_decay_every: int = 150
     """Steps between reductions of sigma."""
     num_spread_samples: int = 1
     """S_y, noisy copies of each image."""
@@ -87,11 +87,11 @@ class Config:
     low_variance: bool = False
     """Evaluate the likelihood at the noise-free image."""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Adam's learning rate after the warm-up."""
     final_learning_rate_fraction: float = 0.1
     """Cosine decay to this fraction of the learning rate; 1 for none."""
-    warmup_steps: int = 20
+    warmup_steps: int = 50
     """Steps of linear warm-up."""
     beta1: float = 0.5
     """Adam's first decay."""
@@ -107,13 +107,13 @@ class Config:
 
     record_every: int = 20
     """Steps between lines of metrics.jsonl."""
-    sample_every: int = 200
+    sample_every: int = 300
     """Steps between sample grids and held-out evaluations."""
-    save_every: int = 200
+    save_every: int = 300
     """Steps between checkpoints."""
     keep: int = 3
     """Checkpoints to keep, besides the best."""
-    held_out_examples: int = 1000
+    held_out_examples: int = 500
     """Images of the test split in the final evaluation, of the validation split in the ones before."""
     quiet: bool = False
     """Print only the RESULT line and errors."""
@@ -124,11 +124,15 @@ PRESETS = {
     "small": Config(
         preset="small",
         data="celeb_a",
-        steps=2000,
+        steps=2500,
+        batch_size=64,
         latent_dim=64,
         width=32,
+        learning_rate=1e-3,
+        noise_decay_every=250,
         record_every=50,
-        noise_decay_every=200,
+        sample_every=250,
+        save_every=250,
     ),
     "published": Config(
         preset="published",

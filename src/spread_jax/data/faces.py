@@ -60,7 +60,7 @@ class FaceFactors(NamedTuple):
     light_azimuth: np.ndarray  # negative from the left
     light_elevation: np.ndarray  # above the horizon
     light_strength: np.ndarray  # 0 flat, 1 hard
-    background_hue: np.ndarray  # around the colour circle
+    background_warmth: np.ndarray  # 0 slate, 1 sand: the backdrops of a studio
     background_value: np.ndarray  # 0 dark, 1 light
     clothes_hue: np.ndarray  # around the colour circle
     clothes_value: np.ndarray  # 0 dark, 1 light
@@ -99,7 +99,7 @@ FACTOR_RANGES = FaceFactors(
     light_azimuth=(-1.2, 1.2),
     light_elevation=(0.1, 1.0),
     light_strength=(0.0, 1.0),
-    background_hue=(0.0, 1.0),
+    background_warmth=(0.0, 1.0),
     background_value=(0.0, 1.0),
     clothes_hue=(0.0, 1.0),
     clothes_value=(0.0, 1.0),
@@ -114,6 +114,8 @@ _HAIR = ((0.09, 0.08, 0.09), (0.25, 0.16, 0.11), (0.42, 0.27, 0.17), (0.58, 0.28
          (0.87, 0.70, 0.42), (0.68, 0.66, 0.65))  # fmt: skip
 _EYES = ((0.20, 0.11, 0.06), (0.42, 0.27, 0.12), (0.30, 0.44, 0.24), (0.24, 0.46, 0.66),
          (0.50, 0.58, 0.62))  # fmt: skip
+
+_BACKDROPS = ((0.60, 0.84, 1.0), (0.80, 0.92, 1.0), (1.0, 0.97, 0.92), (1.0, 0.86, 0.68))
 
 
 def sample_factors(rng: np.random.Generator, n: int) -> FaceFactors:
@@ -309,8 +311,8 @@ class _Painter:
 
     def _background(self) -> None:
         f = self.f
-        value = 0.25 + 0.65 * f.background_value
-        colour = _hue(f.background_hue, np.full_like(value, 0.45), value)
+        value = 0.3 + 0.6 * f.background_value
+        colour = _palette(_BACKDROPS, f.background_warmth) * value[:, None]
         glow = 1.05 - 0.22 * (self.image_x**2 + self.image_y**2)
         slope = self.image_x * np.sin(f.light_azimuth) * 0.12 - self.image_y * 0.08
         self.rgb[:] = colour * (glow + slope * f.light_strength)[:, None]

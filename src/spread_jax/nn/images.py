@@ -26,12 +26,7 @@ def _gaussian_head(h: jax.Array, latent_dim: int) -> tuple[jax.Array, jax.Array]
     # float32 whatever the compute dtype: the bound is taken from these numbers.
     h = h.astype(jnp.float32)
     mean = nn.Dense(latent_dim, name="mean")(h)
-    log_std = nn.Dense(
-        latent_dim,
-        name="log_std",
-        kernel_init=nn.initializers.zeros_init(),
-        bias_init=nn.initializers.constant(float(__import__("os").environ.get("LS", "-2"))),
-    )(h)
+    log_std = nn.Dense(latent_dim, name="log_std")(h)
     return mean, log_std
 
 
