@@ -10,7 +10,7 @@ ARGS ?=
 .PHONY: help demo train-celeba sample test test-fast lint format package clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1mmake %-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  Variables: CELEBA=path  PRESET=demo|small|published  RUN_DIR=runs/...  ARGS="--flag value"  PYTHON=python3\n'
 
 demo: $(VENV)/.train ## Train a deterministic generator on synthetic faces, with pictures, in about 5 minutes on 2 cores
