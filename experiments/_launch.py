@@ -123,6 +123,9 @@ def run(main: Callable[[], int | None]) -> None:
         code = 1
     except BrokenPipeError:
         code = 1
+    except OSError as error:  # a figure on a full disk, say; checkpoints and data have sentences of their own
+        print(f"\nerror: {error}. Make room or make it writable, then repeat the command.", file=sys.stderr)
+        code = 1
     sys.exit(code or 0)
 
 

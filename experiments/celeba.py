@@ -92,7 +92,7 @@ class Config:
     final_learning_rate_fraction: float = 0.1
     """Cosine decay to this fraction of the learning rate; 1 for none."""
     warmup_steps: int = 50
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, at most half of all steps."""
     beta1: float = 0.5
     """Adam's first decay."""
     ema_decay: float = 0.995
@@ -195,10 +195,8 @@ def check_config(config: Config) -> None:
         )
     if not 0 < config.noise_decay < 1:
         raise _launch.UsageError(f"--noise-decay must be between 0 and 1, got {config.noise_decay}.")
-    if not 0 <= config.warmup_steps < config.steps:
-        raise _launch.UsageError(
-            f"--warmup-steps must be less than --steps, got {config.warmup_steps} of {config.steps}."
-        )
+    if config.warmup_steps < 0:
+        raise _launch.UsageError(f"--warmup-steps must not be negative, got {config.warmup_steps}.")
 
 
 class Model:
@@ -220,7 +218,7 @@ class Model:
             learning_rate_schedule(
                 config.learning_rate,
                 num_steps=config.steps,
-                warmup=config.warmup_steps,
+                warmup=min(config.warmup_steps, config.steps // 2),
                 final_fraction=config.final_learning_rate_fraction,
             ),
             b1=config.beta1,
