@@ -71,7 +71,11 @@ def check_samples(name: str, value) -> jax.Array:
     array = check_batch(name, value)
     if array.shape[0] == 0:
         raise ValueError(f"{name} must hold at least one sample, got shape {array.shape}.")
-    if not isinstance(array, jax.core.Tracer) and not bool(jnp.isfinite(array).all()):
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return array
+    with jax.ensure_compile_time_eval():
+        finite = bool(jnp.isfinite(array).all())
+    if not finite:
         raise ValueError(f"{name} must be finite, got NaN or infinity; remove those samples first.")
     return array
 
