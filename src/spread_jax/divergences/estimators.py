@@ -22,8 +22,7 @@ class Estimate(NamedTuple):
     Attributes:
       value: scalar, in nats where the divergence is in nats.
       standard_error: scalar, the standard deviation of `value` over keys, as estimated from its own draws.
-      The
-        draws are spread evenly over the samples, which can only lower the true one below this.
+        The draws are spread evenly over the samples, which can only lower the true one below this.
     """
 
     value: jax.Array
@@ -136,7 +135,7 @@ def spread_kl(
     Raises:
       TypeError: arrays are not floating point, or a count is no integer.
       ValueError: an empty set, events of different shapes, or a sampler that returns another number of
-      samples.
+        samples.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -109,7 +109,7 @@ def f_divergence(
 
     Args:
       f: u -> f(u), elementwise on positive arrays, differentiable by jax (almost everywhere), convex, f(1)
-      = 0.
+        = 0.
       name: what it is called.
       conjugate: s -> f*(s), if there is a closed form; kept as an attribute, used nowhere.
       upper_bound: the largest value of the divergence, if it is known.
@@ -120,7 +120,7 @@ def f_divergence(
     Raises:
       TypeError: if `f` is not callable.
       ValueError: if f(1) is not zero, or f lies below its tangent at 1 somewhere on a grid (it is not
-      convex).
+        convex).
 
     Example:
       >>> import jax.numpy as jnp

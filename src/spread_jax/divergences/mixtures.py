@@ -37,14 +37,12 @@ def log_spread_density(
     Args:
       y: [m, *event], where to evaluate.
       atoms: [n, *event], the samples x_n of p. Under a TransformedNoise the transform is applied to all of
-      them,
-        once.
+        them, once.
       noise: the spread noise p(y|x).
       log_weights: [n], logarithms of the atoms' weights up to a constant (they are normalised here); -inf
-      leaves
-        an atom out. Equal weights by default.
+        leaves an atom out. Equal weights by default.
       chunk_size: the edge of a block of pairs; by default about 2^20 pairs, fewer where events must be
-      expanded.
+        expanded.
 
     Returns:
       [m].

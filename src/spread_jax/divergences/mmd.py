@@ -87,8 +87,7 @@ class InverseMultiquadricKernel:
 
     Args:
       c: > 0, a squared length in units of x; a pytree leaf. Wasserstein autoencoders use 2 Z s^2 for
-      latents of
-        Z dimensions and prior variance s^2, the mean squared distance of two prior samples.
+        latents of Z dimensions and prior variance s^2, the mean squared distance of two prior samples.
 
     Source: Tolstikhin et al., Wasserstein Auto-Encoders, ICLR 2018, section 4.
 
@@ -164,9 +163,8 @@ def mmd_squared(
       y: [m, *event].
       kernel: (x, x2) -> [n, m]: one of the kernels here, `noise.mmd_kernel`, or your own.
       unbiased: leave the pairs of a sample with itself out, so that the mean over draws of x and y is the
-      squared MMD
-        of their distributions (a single value can be negative). False keeps them: the exact squared MMD of
-        the two empirical distributions, never negative.
+        squared MMD of their distributions (a single value can be negative). False keeps them: the exact
+        squared MMD of the two empirical distributions, never negative.
       chunk_size: the edge of a block of pairs, 1024 by default.
 
     Returns:
@@ -175,8 +173,7 @@ def mmd_squared(
     Raises:
       TypeError: x or y is not floating point, or `kernel` is not callable.
       ValueError: an empty set, a single sample where `unbiased` needs two, different events, non-finite
-      concrete
-        samples, or a kernel that returns another shape.
+        concrete samples, or a kernel that returns another shape.
 
     Source: Gretton et al., A Kernel Two-Sample Test, JMLR 2012, lemma 6.
 

@@ -22,7 +22,7 @@ class DiscreteNoise:
 
     Args:
       matrix: P, [n, n], floating point; each column sums to one. A pytree leaf; a concrete matrix is
-      checked here.
+        checked here.
 
     Raises:
       TypeError: if `matrix` is not floating point.

@@ -74,9 +74,10 @@ def spread_gan_losses(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> from spread_jax import GaussianNoise
-      >>> losses = spread_gan_losses(
-      ...     jnp.zeros((4, 2)), jnp.ones((4, 2)), lambda y: y.sum(axis=1), GaussianNoise(1.0),
-      key=jax.random.key(0) ... ) >>> bool(losses.critic == -losses.divergence) True
+      >>> x, critic = jnp.zeros((4, 2)), lambda y: y.sum(axis=1)
+      >>> losses = spread_gan_losses(x, x + 1, critic, GaussianNoise(1.0), key=jax.random.key(0))
+      >>> bool(losses.critic == -losses.divergence)
+      True
     """
     x, generated = check_samples("x", x), check_samples("generated", generated)
     check_same_event("x", x, "generated", generated)
