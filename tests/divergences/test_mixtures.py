@@ -85,43 +85,45 @@ def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, x64):
 
 def test_second_derivative_vmap_and_jacfwd(x64):
     y, atoms, _ = problem("float64", event=(2,))
-    f = lambda s: log_spread_density(y, atoms, GaussianNoise(s), chunk_size=4).sum()
+    f = jax.jit(lambda s: log_spread_density(y, atoms, GaussianNoise(s), chunk_size=4).sum())
     slope = lambda s: (f(s + 1e-5) - f(s - 1e-5)) / 2e-5
     first, second = jax.jit(lambda s: (jax.jacfwd(f)(s), jax.grad(jax.grad(f))(s)))(0.6)
     np.testing.assert_allclose(first, slope(0.6), rtol=1e-6)
     np.testing.assert_allclose(second, (f(0.601) - 2 * f(0.6) + f(0.599)) / 1e-6, rtol=1e-4)
     scales = jnp.array([0.3, 0.6, 2.0])
-    np.testing.assert_allclose(jax.vmap(f)(scales), [f(s) for s in scales], rtol=1e-12)
+    np.testing.assert_allclose(jax.jit(jax.vmap(f))(scales), [f(s) for s in scales], rtol=1e-12)
 
 
 def test_chunks_do_not_change_the_result_and_minus_infinity_leaves_atoms_out():
     y, atoms, log_weights = problem("float32")
     noise = GaussianNoise(0.5)
-    whole = log_spread_density(y, atoms, noise, log_weights=log_weights)
+    density = jax.jit(
+        lambda atoms, log_weights, chunk_size=None: log_spread_density(
+            y, atoms, noise, log_weights=log_weights, chunk_size=chunk_size
+        ),
+        static_argnums=2,
+    )
+    whole = density(atoms, log_weights)
     for chunk_size in (1, 4, 100):
-        part = log_spread_density(y, atoms, noise, log_weights=log_weights, chunk_size=chunk_size)
-        np.testing.assert_allclose(part, whole, rtol=1e-5)
-    np.testing.assert_allclose(
-        log_spread_density(y, atoms, noise, log_weights=log_weights + 5.0), whole, rtol=1e-5
-    )
-    some = log_weights.at[3:].set(-jnp.inf)
-    kept = log_spread_density(y, atoms[:3], noise, log_weights=log_weights[:3])
-    np.testing.assert_allclose(
-        log_spread_density(y, atoms, noise, log_weights=some, chunk_size=2), kept, rtol=1e-5
-    )
-    grads = jax.grad(lambda a: log_spread_density(y, a, noise, log_weights=some, chunk_size=2).sum())(atoms)
+        np.testing.assert_allclose(density(atoms, log_weights, chunk_size), whole, rtol=1e-5)
+    np.testing.assert_allclose(density(atoms, np.asarray(log_weights) + 5), whole, rtol=1e-5)
+    some = np.where(np.arange(7) < 3, log_weights, -np.inf).astype(np.float32)
+    kept = density(atoms[:3], log_weights[:3])
+    np.testing.assert_allclose(density(atoms, some, 2), kept, rtol=1e-5)
+    grads = np.asarray(jax.jit(jax.grad(lambda a: density(a, some, 2).sum()))(atoms))
     assert np.isfinite(grads).all()
     assert (grads[3:] == 0).all()
 
 
 def test_it_is_a_density_and_far_points_stay_finite(x64):
     atoms = jnp.array([[-1.0], [0.5], [2.0]])
-    grid = jnp.linspace(-60, 60, 20001)[:, None]
+    grid = np.linspace(-60, 60, 20001)[:, None]
     for noise in (GaussianNoise(0.3), LaplaceNoise(0.8)):
-        density = np.exp(log_spread_density(grid, atoms, noise))
+        density = np.exp(jax.jit(log_spread_density)(grid, atoms, noise))
         np.testing.assert_allclose(np.trapezoid(density, grid[:, 0]), 1.0, rtol=1e-4)
     far = jnp.array([[1e4]])
-    value, slope = jax.value_and_grad(lambda y: log_spread_density(y, atoms, GaussianNoise(0.3))[0])(far)
+    at_far = jax.value_and_grad(lambda y: log_spread_density(y, atoms, GaussianNoise(0.3))[0])
+    value, slope = jax.jit(at_far)(far)
     # Only the nearest atom counts: its density, a third of the weight.
     np.testing.assert_allclose(value, scipy.stats.norm.logpdf(1e4, 2.0, 0.3) - np.log(3), rtol=1e-12)
     np.testing.assert_allclose(slope, [[-(1e4 - 2) / 0.09]], rtol=1e-9)

@@ -53,9 +53,8 @@ def test_mmd_matches_numpy_in_blocks_of_any_size(name, dtype):
     x, y = jnp.asarray(X, dtype), jnp.asarray(Y, dtype)
     tol = {"rtol": 1e-5, "atol": 1e-6} if dtype == "float32" else {"rtol": 1e-12}
     value = jax.jit(mmd_squared, static_argnames=("unbiased", "chunk_size"))
-    for chunk_size in (4, None):
-        np.testing.assert_allclose(value(x, y, make(), chunk_size=chunk_size), unbiased, **tol)
-    np.testing.assert_allclose(value(x, y, make(), unbiased=False, chunk_size=4), biased, **tol)
+    np.testing.assert_allclose(value(x, y, make(), chunk_size=4), unbiased, **tol)
+    np.testing.assert_allclose(value(x, y, make(), unbiased=False), biased, **tol)
 
 
 def test_gradients_do_not_depend_on_blocks_and_both_modes_agree(x64):
@@ -68,14 +67,15 @@ def test_gradients_do_not_depend_on_blocks_and_both_modes_agree(x64):
     def all_of_them(x, y, s):
         blocks = jax.grad(lambda *a: loss(*a, 3), argnums=(0, 1, 2))(x, y, s)
         whole = jax.grad(lambda *a: loss(*a, None), argnums=(0, 1, 2))(x, y, s)
-        return blocks, whole, jax.jvp(lambda *a: loss(*a, 3), (x, y, s), (x**2, y, s))[1]
+        forward = jax.jvp(lambda *a: loss(*a, 3), (x, y, s), (x**2, y, s))[1]
+        slope = (loss(x, y, s + 1e-5, None) - loss(x, y, s - 1e-5, None)) / 2e-5
+        return blocks, whole, forward, slope
 
-    blocks, whole, forward = all_of_them(x, y, 0.8)
+    blocks, whole, forward, slope = all_of_them(x, y, 0.8)
     for a, b in zip(blocks, whole, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
     inner = sum((g * v).sum() for g, v in zip(whole, (x**2, y, 0.8), strict=True))
     np.testing.assert_allclose(forward, inner, rtol=1e-9)
-    slope = (loss(x, y, 0.80001, None) - loss(x, y, 0.79999, None)) / 2e-5
     np.testing.assert_allclose(whole[2], slope, rtol=1e-6)
 
 
@@ -100,7 +100,7 @@ def test_memory_does_not_hold_the_kernel_matrix():
 @pytest.mark.parametrize("make", [GaussianNoise, LaplaceNoise, LogisticNoise, CauchyNoise, UniformNoise])
 def test_spread_l2_is_the_integral_of_the_squared_difference(make, x64):
     x, z, noise = np.array([-1.0, 0.4, 2.0]), np.array([0.0, 1.0]), make(0.7)
-    grid = np.linspace(-400, 400, 1_600_001)
+    grid = np.linspace(-400, 400, 400_001)
 
     def density(atoms):
         difference = (grid[:, None] - atoms) / 0.7
@@ -114,7 +114,7 @@ def test_spread_l2_is_the_integral_of_the_squared_difference(make, x64):
         return kernel(difference).mean(axis=1) / 0.7
 
     expected = np.trapezoid((density(x) - density(z)) ** 2, grid)
-    result = spread_l2_squared(jnp.asarray(x)[:, None], jnp.asarray(z)[:, None], noise)
+    result = jax.jit(spread_l2_squared)(x[:, None], z[:, None], noise)
     np.testing.assert_allclose(result, expected, rtol=2e-3 if make is UniformNoise else 1e-5)
 
 
@@ -122,8 +122,8 @@ def test_spread_l1_matches_quadrature(key):
     x, z = np.array([-1.0, 0.4, 2.0]), np.array([0.0, 1.0])
     density = lambda y, atoms: np.exp(-((y - atoms) ** 2) / 2 / 0.49).mean() / 0.7 / np.sqrt(2 * np.pi)
     exact = scipy.integrate.quad(lambda y: abs(density(y, x) - density(y, z)), -8, 9, limit=200)[0]
-    to_jax = lambda a: jnp.asarray(a, jnp.float32)[:, None]
-    value, error = spread_l1(to_jax(x), to_jax(z), GaussianNoise(0.7), num_samples=3000, key=key)
+    estimate = jax.jit(lambda x, z: spread_l1(x, z, GaussianNoise(0.7), num_samples=3000, key=key))
+    value, error = estimate(x.astype(np.float32)[:, None], z.astype(np.float32)[:, None])
     assert abs(value - exact) < 6 * error
     assert error < 0.05 * exact
 

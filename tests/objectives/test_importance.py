@@ -58,12 +58,13 @@ def test_equals_the_log_density_at_the_exact_posterior(dtype, key):
 
 def test_grows_with_k_from_the_elbo_to_the_log_density(key):
     x = jnp.asarray(np.random.default_rng(9).normal(size=(2, 3)), jnp.float32)
-    keys = jax.random.split(key, 4000)
+    keys = jax.random.split(key, 1000)
     at = lambda k: jax.jit(
         jax.vmap(lambda key: spread_importance_bound(x, prior_encode, decode, NOISE, key=key, num_samples=k))
     )(keys)
     elbo = jax.jit(jax.vmap(lambda key: spread_elbo(x, prior_encode, decode, NOISE, key=key).elbo))(keys)
-    runs = [np.asarray(at(k).bound, float) for k in (1, 4, 64)]
+    terms = [at(k) for k in (1, 4, 32)]
+    runs = [np.asarray(t.bound, float) for t in terms]
     error = lambda *values: 6 * sum(np.std(v, axis=0) for v in values) / np.sqrt(len(keys))
     assert (np.abs(runs[0].mean(axis=0) - np.mean(elbo, axis=0)) < error(runs[0], elbo)).all()
     assert (runs[1].mean(axis=0) > runs[0].mean(axis=0) + error(runs[0], runs[1])).all()
@@ -71,7 +72,7 @@ def test_grows_with_k_from_the_elbo_to_the_log_density(key):
     exact = expected_log_density(np.asarray(x, float))
     assert (runs[2].mean(axis=0) < exact + error(runs[2])).all()
     assert (runs[2].mean(axis=0) > exact - 0.2).all()
-    size = np.asarray(at(4).effective_sample_size)
+    size = np.asarray(terms[1].effective_sample_size)
     assert ((size >= 1) & (size <= 4 + 1e-5)).all()
 
 
@@ -91,8 +92,9 @@ def test_gradients_match_finite_differences_and_calls_happen_once(x64, key):
         assert aux == (None, {"seen": 12})
         return terms.bound.sum()
 
-    slope = jax.grad(bound)(1.1)
+    slope = jax.jit(jax.grad(bound))(1.1)
     assert calls == [(12, 2)]
+    bound = jax.jit(bound)
     np.testing.assert_allclose(slope, (bound(1.100001) - bound(1.099999)) / 2e-6, rtol=1e-6)
 
 

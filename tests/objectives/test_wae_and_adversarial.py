@@ -50,11 +50,14 @@ def test_wae_matches_numpy(published, dtype, key):
 
 def test_wae_trains_aux_and_refuses_bad_returns(key):
     x = jax.random.normal(key, (16, 2))
-    loss = lambda w: wae_mmd_loss(x, lambda x: w * x, lambda z: z / w, key=key, weight=1.0).loss
+    kernel = GaussianKernel(1.0)
+    loss = lambda w: wae_mmd_loss(
+        x, lambda x: w * x, lambda z: z / w, key=key, weight=1.0, kernel=kernel
+    ).loss  # fmt: skip
     # Standardised data are the prior already: the penalty pulls a collapsed encoder outwards.
-    assert jax.grad(loss)(0.2) < 0
+    assert jax.jit(jax.grad(loss))(0.2) < 0
     terms, aux = wae_mmd_loss(
-        x, lambda x: (x, 1), lambda z: (z, 2), key=key, weight=0.0, has_aux=True
+        x, lambda x: (x, 1), lambda z: (z, 2), key=key, weight=0.0, kernel=kernel, has_aux=True
     )  # fmt: skip
     assert aux == (1, 2)
     assert terms.loss == 0
@@ -96,7 +99,7 @@ def test_gan_bound_is_tight_at_the_best_critic_and_below_it_elsewhere(divergence
             divergence=divergence,
         )
     )
-    y = np.random.default_rng(12).normal(size=400_000)
+    y = np.random.default_rng(12).normal(size=100_000)
     t = jnp.asarray(np.concatenate([y + 0.5, y - 0.5]), jnp.float32)
     terms = np.asarray(divergence.from_mixture(t), float)
     exact = terms.mean()
@@ -125,9 +128,9 @@ def test_gan_gradients_reach_both_players_and_stay_finite_far_apart(key):
         return spread_gan_losses(x, generated, lambda y: y @ w, GaussianNoise(0.1), key=key)
 
     w = jnp.array([-1.0, -1.0])  # sees data at 0 and samples at 50
-    generator_slope = jax.grad(lambda g: losses(w, g).generator)(generated)
+    generator_slope = jax.jit(jax.grad(lambda g: losses(w, g).generator))(generated)
     assert (generator_slope > 0).all()  # descent moves the samples towards the data
-    critic_slope = jax.grad(lambda w: losses(w, generated).critic)(jnp.zeros(2))
+    critic_slope = jax.jit(jax.grad(lambda w: losses(w, generated).critic))(jnp.zeros(2))
     assert (critic_slope > 0).all()  # descent makes the critic lower at the samples
     assert np.isfinite(critic_slope).all()
 
