@@ -58,7 +58,7 @@ def test_equals_the_log_density_at_the_exact_posterior(dtype, key):
 
 def test_grows_with_k_from_the_elbo_to_the_log_density(key):
     x = jnp.asarray(np.random.default_rng(9).normal(size=(2, 3)), jnp.float32)
-    keys = jax.random.split(key, 1000)
+    keys = jax.random.split(key, 4000)
     at = lambda k: jax.jit(
         jax.vmap(lambda key: spread_importance_bound(x, prior_encode, decode, NOISE, key=key, num_samples=k))
     )(keys)
@@ -71,7 +71,7 @@ def test_grows_with_k_from_the_elbo_to_the_log_density(key):
     assert (runs[2].mean(axis=0) > runs[1].mean(axis=0) + error(runs[1], runs[2])).all()
     exact = expected_log_density(np.asarray(x, float))
     assert (runs[2].mean(axis=0) < exact + error(runs[2])).all()
-    assert (runs[2].mean(axis=0) > exact - 0.2).all()
+    assert (runs[2].mean(axis=0) > exact - 0.5).all()
     size = np.asarray(terms[1].effective_sample_size)
     assert ((size >= 1) & (size <= 4 + 1e-5)).all()
 

@@ -47,8 +47,8 @@ def spread_divergence(
       D_f(p~||q~) = E_{y~p~} h(t(y)) / 2 + E_{y~q~} h(t(y)) / 2,   h = divergence.from_mixture.
 
     Drawing from both sides keeps the integrand between 0 and a multiple of |t| where the textbook form
-    E_{q~} f(e^t) has a variance that no number of draws helps. The draws are reparameterised: the gradient
-    with respect to both sample sets and the noise is that of the divergence, unbiasedly.
+    E_{q~} f(e^t) rests on draws so rare that none may be seen. The draws are reparameterised: the gradient
+    with respect to both sample sets and the noise is an unbiased estimate of the divergence's.
 
     Args:
       p_samples: [n, *event], samples of p.
@@ -60,9 +60,9 @@ def spread_divergence(
       chunk_size: as in `log_spread_density`, which bounds the memory.
 
     Returns:
-      Estimate(value, standard_error). The estimate is for the two sample sets given, not for what they were
-      drawn
-      from: two finite samples of one distribution have a divergence above zero, which vanishes as they grow.
+      Estimate(value, standard_error). It estimates the divergence of the two sample sets given, not of what
+      they were drawn from: two finite samples of one distribution have a divergence above zero, which
+      vanishes as they grow.
 
     Raises:
       TypeError: samples are not floating point, `divergence` is no FDivergence, or a count is no integer.
@@ -116,8 +116,8 @@ def spread_kl(
 
     whose expectation lies below the truth (Jensen): the estimate is an upper bound in expectation, and
     falls to the KL as K grows. It is differentiable in the sampler's parameters, p_samples and the noise.
-    The bound degrades exponentially in the number of dimensions in which a model sample has to hit y by
-    chance: beyond a few tens of noise-scales of volume use `spread_elbo`.
+    How many model samples it takes grows exponentially with the dimensions in which one of them has to fall
+    within the noise of y by chance; where that is many, use `spread_elbo`.
 
     Args:
       p_samples: [n, *event], the data.
