@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["check_batch", "check_count", "check_positive", "check_same_shape"]
+__all__ = [
+    "check_batch",
+    "check_count",
+    "check_positive",
+    "check_same_event",
+    "check_same_shape",
+    "check_samples",
+]
 
 
 def check_batch(name: str, value) -> jax.Array:
@@ -54,3 +61,25 @@ def check_count(name: str, value) -> int:
     if count < 1:
         raise ValueError(f"{name} must be at least 1, got {count}.")
     return count
+
+
+def check_samples(name: str, value) -> jax.Array:
+    """Returns `value` as [num, *event] samples, refusing an empty set and concrete non-finite numbers."""
+    array = check_batch(name, value)
+    if array.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one sample, got shape {array.shape}.")
+    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+        return array
+    with jax.ensure_compile_time_eval():
+        finite = bool(jnp.isfinite(array).all())
+    if not finite:
+        raise ValueError(f"{name} must be finite, got NaN or infinity; remove those samples first.")
+    return array
+
+
+def check_same_event(name: str, value: jax.Array, other_name: str, other: jax.Array) -> None:
+    """Refuses two sets of samples whose events differ in shape; their numbers of samples may differ."""
+    if value.shape[1:] != other.shape[1:]:
+        raise ValueError(
+            f"{name} and {other_name} must share their event shape, got {value.shape[1:]} and {other.shape[1:]}."
+        )

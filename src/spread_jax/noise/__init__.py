@@ -1,6 +1,28 @@
 """Spread noises p(y|x): what is added to data and model alike."""
 
 from spread_jax.noise._protocol import SpreadNoise
+from spread_jax.noise.discrete import DiscreteNoise
 from spread_jax.noise.gaussian import GaussianNoise
+from spread_jax.noise.laplace import LaplaceNoise
+from spread_jax.noise.logistic import LogisticNoise
+from spread_jax.noise.low_rank import LowRankGaussianNoise
+from spread_jax.noise.student_t import CauchyNoise, StudentTNoise
+from spread_jax.noise.transformed import TransformedNoise
+from spread_jax.noise.uniform import UniformNoise
+from spread_jax.noise.validity import SpreadCondition, SpreadValidity, check_valid_spread
 
-__all__ = ["GaussianNoise", "SpreadNoise"]
+__all__ = [
+    "CauchyNoise",
+    "DiscreteNoise",
+    "GaussianNoise",
+    "LaplaceNoise",
+    "LogisticNoise",
+    "LowRankGaussianNoise",
+    "SpreadCondition",
+    "SpreadNoise",
+    "SpreadValidity",
+    "StudentTNoise",
+    "TransformedNoise",
+    "UniformNoise",
+    "check_valid_spread",
+]

@@ -17,8 +17,10 @@ class SpreadNoise(Protocol):
     be annealed, vmapped or trained. Where a closed form exists a noise also offers
 
       - `expected_log_prob(x, x2)` -> [batch], the integral of p(y|x) log p(y|x2) over y, in nats;
+      - `kl(x, x2)` -> [batch], KL(p(y|x) || p(y|x2)), in nats;
       - `characteristic_function(omega)` -> [batch], the Fourier transform of a stationary kernel;
-      - `mmd_kernel(x, x2)` -> [n, m], the integral of p(y|x) p(y|x2) over y.
+      - `mmd_kernel(x, x2)` -> [n, m], the integral of p(y|x) p(y|x2) over y;
+      - `pairwise_log_prob(y, x)` -> [m, n], log p(y_i|x_j), where all pairs are cheaper than one by one.
     """
 
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:

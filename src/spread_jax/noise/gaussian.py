@@ -6,20 +6,22 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from spread_jax._checks import check_batch, check_positive, check_same_shape
+from spread_jax._checks import check_batch, check_positive, check_same_event
+from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
+from spread_jax.noise._product import ClosedProductNoise, positive_log
 
 __all__ = ["GaussianNoise"]
 
 
 @frozen_pytree
-class GaussianNoise:
+class GaussianNoise(ClosedProductNoise):
     r"""Gaussian spread noise, p(y|x) = N(y; x, sigma^2 I).
 
     Its Fourier transform exp(-sigma^2 |omega|^2 / 2) is positive everywhere, so spreading with it keeps two
-    different distributions different.
+    different distributions different. The KL of two shifts is |x - x2|^2 / (2 sigma^2), and `mmd_kernel` is
+    N(x; x2, 2 sigma^2 I).
 
     Args:
       scale: sigma > 0, the standard deviation, in units of x: a number, or an array that broadcasts against
@@ -41,70 +43,40 @@ class GaussianNoise:
 
     scale: float | jax.Array
 
+    _standard_entropy = 0.5 * math.log(2 * math.pi) + 0.5
+
     def __post_init__(self):
         check_positive("scale", self.scale)
 
-    def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
-        """Draws y = x + sigma * epsilon with epsilon ~ N(0, I).
+    def pairwise_log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """log p(y_i|x_j) for all pairs, in nats, by matrix products that keep the digits of near pairs.
 
         Args:
-          x: [batch, *event], floating point.
-          key: a JAX random key.
+          y: [m, *event].
+          x: [n, *event].
 
         Returns:
-          y with the shape and dtype of x.
-        """
-        x = check_batch("x", x)
-        return x + self._scale_like(x) * jax.random.normal(key, x.shape, x.dtype)
-
-    def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """log N(y; x, sigma^2 I) in nats.
-
-        Args:
-          y: [batch, *event].
-          x: [batch, *event], the locations.
-
-        Returns:
-          [batch].
+          [m, n].
         """
         y, x = check_batch("y", y), check_batch("x", x)
-        check_same_shape("y", y, "x", x)
-        difference = y - x
-        scale = self._scale_like(difference)
-        density = -0.5 * jnp.square(difference / scale) - _positive_log(scale) - 0.5 * math.log(2 * math.pi)
-        return _sum_event(density)
-
-    def location(self, x: jax.Array) -> jax.Array:
-        """The noise-free y, which is x."""
-        return x
-
-    def expected_log_prob(self, x: jax.Array, x2: jax.Array) -> jax.Array:
-        """E log N(y; x2, sigma^2 I) over y ~ N(x, sigma^2 I): log N(x; x2, sigma^2 I) - X / 2, in nats.
-
-        Args:
-          x: [batch, *event], the locations y is spread from.
-          x2: [batch, *event], the locations whose density is averaged.
-
-        Returns:
-          [batch]; X is the number of dimensions of an event.
-        """
-        x = check_batch("x", x)
-        return self.log_prob(x, x2) - 0.5 * math.prod(x.shape[1:])
-
-    def characteristic_function(self, omega: jax.Array) -> jax.Array:
-        """The Fourier transform of the kernel, exp(-sigma^2 |omega|^2 / 2).
-
-        Args:
-          omega: [batch, *event], frequencies in radians per unit of x.
-
-        Returns:
-          [batch], real and positive.
-        """
-        omega = check_batch("omega", omega)
-        return jnp.exp(-0.5 * _sum_event(jnp.square(self._scale_like(omega) * omega)))
+        check_same_event("y", y, "x", x)
+        scale = self._scale_like(x)
+        size = math.prod(x.shape[1:])
+        if scale.size == 1:
+            scale = scale.reshape(())
+            distances = squared_distances(flatten_events(y), flatten_events(x)) / jnp.square(scale)
+            log_scales = size * positive_log(scale)
+        else:
+            centre = jax.lax.stop_gradient(x.mean(axis=0))
+            y, x = (y - centre) / scale, (x - centre) / scale
+            distances = squared_distances(flatten_events(y), flatten_events(x))
+            log_scales = jnp.broadcast_to(positive_log(scale), x.shape[1:]).sum()
+        return -0.5 * distances - log_scales - 0.5 * size * math.log(2 * math.pi)
 
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The integral of p(y|x) p(y|x2) over y, N(x; x2, 2 sigma^2 I).
+
+        The squared L2 distance of two spread distributions is the squared MMD with this kernel.
 
         Args:
           x: [n, *event].
@@ -112,35 +84,19 @@ class GaussianNoise:
 
         Returns:
           [n, m].
-
-        Source: the squared L2 distance of two spread distributions is the squared MMD with this kernel.
         """
         x, x2 = check_batch("x", x), check_batch("x2", x2)
-        if x.shape[1:] != x2.shape[1:]:
-            raise ValueError(f"x and x2 must share their event shape, got {x.shape[1:]} and {x2.shape[1:]}.")
-        pair_noise = GaussianNoise(self.scale * math.sqrt(2.0))
-        one_row = lambda row: pair_noise.log_prob(jnp.broadcast_to(row, x2.shape), x2)
-        return jnp.exp(jax.lax.map(one_row, x))
+        check_same_event("x", x, "x2", x2)
+        return jnp.exp(GaussianNoise(self.scale * math.sqrt(2.0)).pairwise_log_prob(x, x2))
 
-    def _scale_like(self, x: jax.Array) -> jax.Array:
-        """sigma in x's dtype, after checking that it belongs to one event."""
-        scale = jnp.asarray(self.scale, x.dtype)
-        event = x.shape[1:]
-        try:
-            fits = np.broadcast_shapes(scale.shape, event) == event
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"scale must be a number or broadcast against one event of shape {event}, got shape {scale.shape}."
-            )
-        return scale
+    def _standard_sample(self, key, x):
+        return jax.random.normal(key, x.shape, x.dtype)
 
+    def _standard_log_density(self, u):
+        return -0.5 * jnp.square(u) - 0.5 * math.log(2 * math.pi)
 
-def _sum_event(values: jax.Array) -> jax.Array:
-    return values.reshape(values.shape[0], -1).sum(axis=1)
+    def _standard_transform(self, omega):
+        return jnp.exp(-0.5 * jnp.square(omega))
 
-
-def _positive_log(scale: jax.Array) -> jax.Array:
-    """log(scale), NaN rather than -inf at zero: a degenerate noise has no density."""
-    return jnp.where(scale > 0, jnp.log(scale), jnp.nan)
+    def _standard_kl(self, u):
+        return 0.5 * jnp.square(u)

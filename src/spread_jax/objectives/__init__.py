@@ -1,5 +1,18 @@
 """Objectives: callables in, named per-example terms in nats out."""
 
+from spread_jax.objectives.adversarial import GanLosses, spread_gan_losses
 from spread_jax.objectives.elbo import ElboTerms, elbo, spread_elbo
+from spread_jax.objectives.importance import BoundTerms, spread_importance_bound
+from spread_jax.objectives.wae import WaeTerms, wae_mmd_loss
 
-__all__ = ["ElboTerms", "elbo", "spread_elbo"]
+__all__ = [
+    "BoundTerms",
+    "ElboTerms",
+    "GanLosses",
+    "WaeTerms",
+    "elbo",
+    "spread_elbo",
+    "spread_gan_losses",
+    "spread_importance_bound",
+    "wae_mmd_loss",
+]

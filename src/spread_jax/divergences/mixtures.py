@@ -1,0 +1,184 @@
+"""The spread of an empirical distribution: a mixture with one component for each atom, streamed."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from spread_jax._checks import check_batch, check_count, check_same_event, check_samples
+from spread_jax.noise import SpreadNoise, TransformedNoise
+
+__all__ = ["log_spread_density"]
+
+# Default sizes of a block of pairs: an edge where pairs are a matrix product, numbers where events are
+# expanded.
+_PAIR_EDGE = 1024
+_EXPANDED_NUMBERS = 2**22
+
+
+def log_spread_density(
+    y: jax.Array,
+    atoms: jax.Array,
+    noise: SpreadNoise,
+    *,
+    log_weights: jax.Array | None = None,
+    chunk_size: int | None = None,
+) -> jax.Array:
+    r"""log p~(y) of the spread empirical distribution, log sum_n w_n p(y|x_n), in nats.
+
+    Pairs (y, x_n) are visited in blocks of chunk_size x chunk_size and folded into a running logsumexp, so
+    memory is O(chunk_size^2 + inputs) however many atoms there are; so are the derivatives, in either mode,
+    to y, atoms, noise and log_weights: they recompute each block and weight it by its responsibilities.
+    Gaussian noises compute a block by matrix products that keep their digits (noise.pairwise_log_prob).
+
+    Args:
+      y: [m, *event], where to evaluate.
+      atoms: [n, *event], the samples x_n of p. Under a TransformedNoise the transform is applied to all of
+        them, once.
+      noise: the spread noise p(y|x).
+      log_weights: [n], logarithms of the atoms' weights up to a constant (they are normalised here); -inf
+        leaves an atom out. Equal weights by default.
+      chunk_size: the edge of a block of pairs; by default about 2^20 pairs, fewer where events must be
+        expanded.
+
+    Returns:
+      [m].
+
+    Raises:
+      TypeError: an array is not floating point.
+      ValueError: no atoms, shapes that do not fit, concrete atoms that are not finite, or chunk_size < 1.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from spread_jax import GaussianNoise
+      >>> atoms = jnp.array([[-1.0], [1.0]])
+      >>> print(log_spread_density(jnp.zeros((1, 1)), atoms, GaussianNoise(1.0)).round(4))
+      [-1.4189]
+    """
+    y, atoms = check_batch("y", y), check_samples("atoms", atoms)
+    while isinstance(noise, TransformedNoise):
+        atoms, noise = noise.location(atoms), noise.base
+    check_same_event("y", y, "atoms", atoms)
+    num_y, num_atoms = y.shape[0], atoms.shape[0]
+    dtype = jnp.result_type(y, atoms)
+    y, atoms = y.astype(dtype), atoms.astype(dtype)
+    if log_weights is None:
+        log_weights = jnp.full(num_atoms, -math.log(num_atoms), dtype)
+    else:
+        log_weights = check_batch("log_weights", log_weights).astype(dtype)
+        if log_weights.shape != (num_atoms,):
+            raise ValueError(f"log_weights must have shape ({num_atoms},), one for each atom, got {log_weights.shape}.")
+        log_weights = jax.nn.log_softmax(log_weights)
+    if num_y == 0:
+        return jnp.zeros(0, dtype)
+    chunk_size = _chunk_edge(noise, y) if chunk_size is None else check_count("chunk_size", chunk_size)
+    log_density = _streamed_log_density(
+        _blocks(y, chunk_size), _blocks(atoms, chunk_size), _blocks(log_weights, chunk_size, -jnp.inf), noise
+    )
+    return log_density.reshape(-1)[:num_y]
+
+
+def _chunk_edge(noise, y):
+    if hasattr(noise, "pairwise_log_prob"):
+        return _PAIR_EDGE
+    return max(int(math.sqrt(_EXPANDED_NUMBERS / max(math.prod(y.shape[1:]), 1))), 16)
+
+
+def _blocks(values, chunk_size, fill=None):
+    """[n, ...] -> [blocks, edge, ...] of nearly equal blocks; padded with the last entry, or with `fill`."""
+    count = values.shape[0]
+    num_blocks = -(-count // chunk_size)
+    edge = -(-count // num_blocks)
+    missing = num_blocks * edge - count
+    if missing:
+        tail = jnp.repeat(values[-1:], missing, axis=0) if fill is None else jnp.full(missing, fill, values.dtype)
+        values = jnp.concatenate([values, tail])
+    return values.reshape(num_blocks, edge, *values.shape[1:])
+
+
+def _log_joint(y, atoms, log_weights, noise):
+    """log w_n + log p(y_m|x_n) of one block, [m, n]."""
+    if hasattr(noise, "pairwise_log_prob"):
+        pairs = noise.pairwise_log_prob(y, atoms)
+    else:
+        pairs = jax.vmap(lambda row: noise.log_prob(jnp.broadcast_to(row, atoms.shape), atoms))(y)
+    return pairs + log_weights
+
+
+@jax.custom_jvp
+def _streamed_log_density(y, atoms, log_weights, noise):
+    """[Y, c, *event], [A, k, *event], [A, k] -> [Y, c]: a running logsumexp over the blocks of atoms."""
+
+    def one_block(y_block):
+        def add(total, block):
+            return jnp.logaddexp(total, jax.nn.logsumexp(_log_joint(y_block, *block, noise), axis=1)), None
+
+        empty = jnp.full(y_block.shape[0], -jnp.inf, y_block.dtype)
+        return _scan(add, empty, (atoms, log_weights))
+
+    return _map(one_block, y)
+
+
+@functools.partial(_streamed_log_density.defjvp, symbolic_zeros=True)
+def _streamed_log_density_jvp(primals, tangents):
+    """d log p~(y) = sum_n r_n d log(w_n p(y|x_n)), r_n the responsibilities, one block of pairs at a time.
+
+    The tangent is linear in what is perturbed and each block is rematerialised, so transposing it (reverse
+    mode) streams as well: nothing but the inputs and log p~ is kept.
+    """
+    log_density = _streamed_log_density(*primals)
+    y, atoms, log_weights, noise = primals
+    dy, datoms, dweights, dnoise = jax.tree_util.tree_map(_none_if_fixed, tangents)
+
+    def one_block(block):
+        y_block, dy_block, log_density_block = block
+
+        @jax.checkpoint
+        def block_tangent(primal, tangent):
+            joint, djoint = _partial_jvp(_log_joint, primal, tangent)
+            return (jnp.exp(joint - log_density_block[:, None]) * djoint).sum(axis=1)
+
+        def add(total, atom_block):
+            atoms_block, datoms_block, weights_block, dweights_block = atom_block
+            primal = (y_block, atoms_block, weights_block, noise)
+            return total + block_tangent(primal, (dy_block, datoms_block, dweights_block, dnoise)), None
+
+        return _scan(add, jnp.zeros_like(log_density_block), (atoms, datoms, log_weights, dweights))
+
+    return log_density, _map(one_block, (y, dy, log_density))
+
+
+def _none_if_fixed(tangent):
+    fixed = isinstance(tangent, jax.custom_derivatives.SymbolicZero) or tangent.dtype == jax.dtypes.float0
+    return None if fixed else tangent
+
+
+def _partial_jvp(function, primals, tangents):
+    """jax.jvp with None as the tangent of what is not perturbed, at no cost for it."""
+    leaves, structure = jax.tree_util.tree_flatten(primals)
+    directions = jax.tree_util.tree_leaves(tangents, is_leaf=lambda leaf: leaf is None)
+    moving = [index for index, direction in enumerate(directions) if direction is not None]
+
+    def of_moving(values):
+        moved = list(leaves)
+        for index, value in zip(moving, values, strict=True):
+            moved[index] = value
+        return function(*jax.tree_util.tree_unflatten(structure, moved))
+
+    return jax.jvp(of_moving, ([leaves[i] for i in moving],), ([directions[i] for i in moving],))
+
+
+def _scan(add, total, blocks):
+    """The last carry of a scan; a single block costs no loop."""
+    if jax.tree_util.tree_leaves(blocks)[0].shape[0] == 1:
+        return add(total, jax.tree_util.tree_map(lambda leaf: leaf[0], blocks))[0]
+    return jax.lax.scan(add, total, blocks)[0]
+
+
+def _map(function, blocks):
+    if jax.tree_util.tree_leaves(blocks)[0].shape[0] == 1:
+        return function(jax.tree_util.tree_map(lambda leaf: leaf[0], blocks))[None]
+    return jax.lax.map(function, blocks)

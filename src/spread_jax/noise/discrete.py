@@ -1,0 +1,129 @@
+"""Spread noise for discrete variables."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spread_jax._checks import check_same_event, check_same_shape
+from spread_jax._pytree import frozen_pytree
+
+__all__ = ["DiscreteNoise"]
+
+
+@frozen_pytree
+class DiscreteNoise:
+    r"""Spread noise on labels 0 .. n-1, p(y=i|x=j) = P_ij.
+
+    Spreading multiplies a probability vector by P. It is valid if P has positive entries (one support for
+    all) and is invertible (P p = P q implies p = q): `check_valid_spread` says which holds. Labels of an
+    event with several entries are spread independently.
+
+    Args:
+      matrix: P, [n, n], floating point; each column sums to one. A pytree leaf; a concrete matrix is
+        checked here.
+
+    Raises:
+      TypeError: if `matrix` is not floating point.
+      ValueError: if `matrix` is not square, or a concrete one has a negative entry or a column that does not
+        sum to one.
+
+    Source: Zhang et al., Spread Divergence, ICML 2020, section on discrete spread divergences.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> noise = DiscreteNoise.uniform_mixture(2, 0.5)
+      >>> print(noise.spread(jnp.array([1.0, 0.0])))
+      [0.75 0.25]
+    """
+
+    matrix: jax.Array
+
+    def __post_init__(self):
+        shape, dtype = jnp.shape(self.matrix), jnp.result_type(self.matrix)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"matrix must have a floating-point dtype, got {dtype}; convert it first.")
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+            raise ValueError(f"matrix must be square, [n, n], got shape {shape}.")
+        if isinstance(self.matrix, jax.core.Tracer):
+            return
+        matrix = np.asarray(self.matrix, np.float64)
+        error = np.abs(matrix.sum(axis=0) - 1).max()
+        if not (matrix.min() >= 0 and error < 1e-4):
+            raise ValueError(
+                f"matrix must have non-negative entries and columns that sum to one, got minimum entry "
+                f"{matrix.min():g} and a column off by {error:g}; divide it by matrix.sum(axis=0)."
+            )
+
+    @classmethod
+    def uniform_mixture(cls, num_labels: int, rate: float | jax.Array) -> DiscreteNoise:
+        """Keeps a label with probability 1 - rate, else draws one of `num_labels` uniformly; 0 < rate < 1."""
+        identity = jnp.eye(num_labels)
+        return cls((1 - rate) * identity + rate / num_labels)
+
+    def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
+        """Draws labels y ~ p(y|x) of the shape and dtype of x, [batch, *event] integers."""
+        x = _check_labels("x", x)
+        logits = jnp.log(self.matrix).T[x]
+        return jax.random.categorical(key, logits, axis=-1).astype(x.dtype)
+
+    def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """log p(y|x) in nats, [batch], for labels y and x of one shape [batch, *event]."""
+        y, x = _check_labels("y", y), _check_labels("x", x)
+        check_same_shape("y", y, "x", x)
+        return jnp.log(self.matrix)[y, x].reshape(x.shape[0], -1).sum(axis=1)
+
+    def location(self, x: jax.Array) -> jax.Array:
+        """The noise-free y, which is x."""
+        return x
+
+    def kl(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """KL(p(y|x) || p(y|x2)) in nats, [batch]."""
+        x, x2 = _check_labels("x", x), _check_labels("x2", x2)
+        check_same_shape("x", x, "x2", x2)
+        cross = self._cross_entropies()
+        table = cross - jnp.diagonal(cross)[:, None]
+        return table[x, x2].reshape(x.shape[0], -1).sum(axis=1)
+
+    def expected_log_prob(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """E log p(y|x2) over y ~ p(y|x), in nats, [batch]."""
+        x, x2 = _check_labels("x", x), _check_labels("x2", x2)
+        check_same_shape("x", x, "x2", x2)
+        return -self._cross_entropies()[x, x2].reshape(x.shape[0], -1).sum(axis=1)
+
+    def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The sum of p(y|x) p(y|x2) over y, [n, m]: entries of P^T P."""
+        x, x2 = _check_labels("x", x), _check_labels("x2", x2)
+        check_same_event("x", x, "x2", x2)
+        gram = self.matrix.T @ self.matrix
+        x, x2 = x.reshape(x.shape[0], -1), x2.reshape(x2.shape[0], -1)
+        return gram[x[:, None, :], x2[None, :, :]].prod(axis=-1)
+
+    def spread(self, probabilities: jax.Array) -> jax.Array:
+        """p~ = P p, for probabilities of the n labels along the last axis."""
+        probabilities = jnp.asarray(probabilities)
+        if probabilities.shape[-1:] != self.matrix.shape[:1]:
+            raise ValueError(
+                f"probabilities must have {self.matrix.shape[0]} entries along the last axis, "
+                f"got shape {probabilities.shape}."
+            )
+        return probabilities @ self.matrix.T
+
+    def _cross_entropies(self):
+        """-sum_i P_ij log P_ik for each pair (j, k); 0 log 0 = 0."""
+        used = self.matrix > 0
+        logs = jnp.log(self.matrix)
+        own = jnp.where(used, self.matrix, 0)
+        # Where P_ij = 0 the term is 0, even against log P_ik = -inf.
+        terms = jnp.where(used[:, :, None], own[:, :, None] * logs[:, None, :], 0)
+        return -terms.sum(axis=0)
+
+
+def _check_labels(name, value):
+    array = jnp.asarray(value)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must have an integer dtype (labels 0 .. n-1), got {array.dtype}.")
+    if array.ndim == 0:
+        raise ValueError(f"{name} must have shape [batch, *event], got a scalar.")
+    return array

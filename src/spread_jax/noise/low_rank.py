@@ -1,0 +1,204 @@
+"""Gaussian spread noise with a low-rank covariance."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from spread_jax._checks import check_batch, check_positive, check_same_event, check_same_shape
+from spread_jax._pairwise import flatten_events, squared_distances
+from spread_jax._pytree import frozen_pytree
+from spread_jax.noise._product import fit_event, positive_log
+
+__all__ = ["LowRankGaussianNoise"]
+
+
+@frozen_pytree
+class LowRankGaussianNoise:
+    r"""Gaussian spread noise with learned directions, p(y|x) = N(y; x, S + L L^T), S = diag(sigma^2).
+
+    L has R columns, R much smaller than the X dimensions of an event. No X x X matrix is ever formed:
+    densities go through the R x R matrix I + W^T W, with W = S^(-1/2) L, in O(X R) for each example. The
+    quadratic form is written as a sum of squares,
+
+      u^T (I + W W^T)^-1 u = |u - W a|^2 + |a|^2,   a = (I + W^T W)^-1 W^T u,
+
+    which stays accurate (and non-negative) where L is much larger than sigma and the subtracting form does
+    not.
+
+    Args:
+      scale: sigma > 0, a number or an array that broadcasts against one event.
+      factor: L, of shape [*event, R].
+        Both are pytree leaves. To learn L by maximising a divergence it must be constrained: see
+        `with_volume`.
+
+    Raises:
+      ValueError: if a concrete `scale` is not positive and finite, or `factor` has fewer than two axes.
+      TypeError: if `factor` is not floating point.
+
+    Source: Zhang et al., Spread Divergence, ICML 2020, section on learning the noise covariance.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> noise = LowRankGaussianNoise(0.5, jnp.ones((3, 1)))
+      >>> x = jnp.zeros((4, 3))
+      >>> noise.log_prob(noise.sample(x, key=jax.random.key(0)), x).shape
+      (4,)
+    """
+
+    scale: float | jax.Array
+    factor: jax.Array
+
+    def __post_init__(self):
+        check_positive("scale", self.scale)
+        shape, dtype = jnp.shape(self.factor), jnp.result_type(self.factor)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"factor must have a floating-point dtype, got {dtype}; convert it first.")
+        if len(shape) < 2 or 0 in shape:
+            raise ValueError(f"factor must have shape [*event, R] with R of at least 1, got {shape}.")
+
+    def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
+        """Draws y = x + sigma epsilon + L eta, with epsilon ~ N(0, I_X) and eta ~ N(0, I_R).
+
+        Args:
+          x: [batch, *event], floating point.
+          key: a JAX random key.
+
+        Returns:
+          y with the shape and dtype of x.
+        """
+        x = check_batch("x", x)
+        scale, factor = self._parts_like(x)
+        wide_key, low_key = jax.random.split(key)
+        low = jax.random.normal(low_key, (x.shape[0], factor.shape[1]), x.dtype)
+        wide = scale * jax.random.normal(wide_key, x.shape, x.dtype)
+        return x + wide + (low @ factor.T).reshape(x.shape)
+
+    def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """log N(y; x, S + L L^T) in nats.
+
+        Args:
+          y: [batch, *event].
+          x: [batch, *event], the locations.
+
+        Returns:
+          [batch].
+        """
+        y, x = check_batch("y", y), check_batch("x", x)
+        check_same_shape("y", y, "x", x)
+        whiten, constant = self._whitening(x)
+        return constant - 0.5 * jnp.square(whiten(y - x)).sum(axis=1)
+
+    def pairwise_log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
+        """log p(y_i|x_j) for all pairs, in nats.
+
+        Args:
+          y: [m, *event].
+          x: [n, *event].
+
+        Returns:
+          [m, n].
+        """
+        y, x = check_batch("y", y), check_batch("x", x)
+        check_same_event("y", y, "x", x)
+        whiten, constant = self._whitening(x)
+        centre = jax.lax.stop_gradient(x.mean(axis=0))
+        return constant - 0.5 * squared_distances(whiten(y - centre), whiten(x - centre))
+
+    def location(self, x: jax.Array) -> jax.Array:
+        """The noise-free y, which is x."""
+        return x
+
+    def kl(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """KL(p(y|x) || p(y|x2)) = (x - x2)^T (S + L L^T)^-1 (x - x2) / 2 in nats, [batch]."""
+        x, x2 = check_batch("x", x), check_batch("x2", x2)
+        check_same_shape("x", x, "x2", x2)
+        whiten, _ = self._whitening(x)
+        return 0.5 * jnp.square(whiten(x - x2)).sum(axis=1)
+
+    def entropy(self, x: jax.Array) -> jax.Array:
+        """The entropy of p(y|x) in nats, [batch]; it depends on the shape of x only."""
+        x = check_batch("x", x)
+        _, constant = self._whitening(x)
+        return jnp.broadcast_to(0.5 * math.prod(x.shape[1:]) - constant, x.shape[:1])
+
+    def expected_log_prob(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """E log p(y|x2) over y ~ p(y|x), in nats: [batch]."""
+        return -self.kl(x, x2) - self.entropy(x)
+
+    def characteristic_function(self, omega: jax.Array) -> jax.Array:
+        """The Fourier transform of the kernel, exp(-(|sigma omega|^2 + |L^T omega|^2) / 2).
+
+        Args:
+          omega: [batch, *event], frequencies in radians per unit of x.
+
+        Returns:
+          [batch], real and positive.
+        """
+        omega = check_batch("omega", omega)
+        scale, factor = self._parts_like(omega)
+        wide = jnp.square(flatten_events(scale * omega)).sum(axis=1)
+        return jnp.exp(-0.5 * (wide + jnp.square(flatten_events(omega) @ factor).sum(axis=1)))
+
+    def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The integral of p(y|x) p(y|x2) over y, N(x; x2, 2 S + 2 L L^T): [n, m]."""
+        twice = LowRankGaussianNoise(self.scale * math.sqrt(2.0), self.factor * math.sqrt(2.0))
+        return jnp.exp(twice.pairwise_log_prob(x, x2))
+
+    def log_volume(self) -> jax.Array:
+        """log det(L^T L)^(1/2), the logarithm of the R-dimensional volume that L spans."""
+        factor = self.factor.reshape(-1, self.factor.shape[-1])
+        if factor.shape[0] < factor.shape[1]:
+            raise ValueError(
+                f"factor must have at most as many columns as an event has dimensions for its volume to be "
+                f"positive, got shape {self.factor.shape}."
+            )
+        # The triangle of a QR factorisation squares no condition number.
+        return jnp.log(jnp.abs(jnp.diagonal(jnp.linalg.qr(factor)[1]))).sum()
+
+    def with_volume(self, volume: float | jax.Array = 1.0) -> LowRankGaussianNoise:
+        """The same noise with L rescaled to det(L^T L)^(1/2) = `volume`.
+
+        Without a constraint, noise that maximises a divergence vanishes. This one, of the paper, fixes the
+        entropy that L brings while leaving its directions free. Differentiable: build the noise as
+        `LowRankGaussianNoise(sigma, free_factor).with_volume()` inside the loss and train `free_factor`.
+
+        Args:
+          volume: > 0, in units of x to the power R.
+
+        Returns:
+          A new LowRankGaussianNoise.
+
+        Raises:
+          ValueError: if a concrete `volume` is not positive, or R exceeds the dimensions of an event.
+        """
+        check_positive("volume", volume)
+        log_ratio = (jnp.log(jnp.asarray(volume, self.factor.dtype)) - self.log_volume()) / self.factor.shape[-1]
+        return LowRankGaussianNoise(self.scale, self.factor * jnp.exp(log_ratio))
+
+    def _parts_like(self, x):
+        event = x.shape[1:]
+        if self.factor.shape[:-1] != event:
+            raise ValueError(
+                f"factor must have shape [*event, R] for events of shape {event}, got {self.factor.shape}."
+            )
+        factor = jnp.asarray(self.factor, x.dtype)
+        return fit_event("scale", self.scale, x), factor.reshape(-1, factor.shape[-1])
+
+    def _whitening(self, x):
+        """A linear map whose squared norm is the quadratic form, and the log-density at the location."""
+        scale, factor = self._parts_like(x)
+        size = factor.shape[0]
+        scale = jnp.broadcast_to(scale, x.shape[1:]).reshape(-1)
+        w = factor / scale[:, None]
+        cholesky = jnp.linalg.cholesky(jnp.eye(w.shape[1], dtype=w.dtype) + w.T @ w)
+
+        def whiten(difference):
+            u = flatten_events(difference) / scale
+            a = jax.scipy.linalg.cho_solve((cholesky, True), (u @ w).T).T
+            return jnp.concatenate([u - a @ w.T, a], axis=1)
+
+        log_determinant = positive_log(scale).sum() + jnp.log(jnp.diagonal(cholesky)).sum()
+        return whiten, -log_determinant - 0.5 * size * math.log(2 * math.pi)

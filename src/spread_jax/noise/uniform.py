@@ -1,0 +1,79 @@
+"""Uniform noise: the instructive kernel that is not a spread noise."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+import jax
+import jax.numpy as jnp
+
+from spread_jax._checks import check_batch, check_positive, check_same_event
+from spread_jax._pytree import frozen_pytree
+from spread_jax.noise._product import ProductNoise, positive_log, sum_event
+
+__all__ = ["UniformNoise"]
+
+
+@frozen_pytree
+class UniformNoise(ProductNoise):
+    r"""Uniform noise on [x_d - h, x_d + h] in each dimension: refused wherever a log-density is needed.
+
+    Its Fourier transform prod_d sin(h omega_d) / (h omega_d) vanishes on countably many hyperplanes only, so
+    p~ = q~ still implies p = q. But it has bounded support: p~ and q~ need not share theirs, and a
+    log-density ratio is infinite or undefined, which is the failure that spreading is meant to cure. So
+    `log_prob` raises. Divergences that compare no logarithms stay defined: `mmd_kernel` and the spread L2
+    distance work.
+
+    Args:
+      scale: h > 0, the half width, in units of x: a number, or an array that broadcasts against one event.
+        A pytree leaf; a concrete value is checked here, a traced one is not.
+
+    Raises:
+      ValueError: if a concrete `scale` is not positive and finite.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(UniformNoise(0.5).mmd_kernel(jnp.zeros((1, 1)), jnp.array([[0.0], [0.5], [2.0]])))
+      [[1.  0.5 0. ]]
+    """
+
+    scale: float | jax.Array
+
+    def __post_init__(self):
+        check_positive("scale", self.scale)
+
+    def log_prob(self, y: jax.Array, x: jax.Array) -> NoReturn:
+        """Always raises: the spread distributions would not share their support.
+
+        Raises:
+          TypeError: always.
+        """
+        raise TypeError(
+            "UniformNoise has bounded support, so one spread density is zero where the other is not and "
+            "their log-ratio is undefined; use GaussianNoise, LaplaceNoise or LogisticNoise, or compare by "
+            "spread_l2_squared, which needs no logarithm."
+        )
+
+    def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The integral of p(y|x) p(y|x2) over y: a triangle of width 4 h in each dimension, [n, m]."""
+        x, x2 = check_batch("x", x), check_batch("x2", x2)
+        check_same_event("x", x, "x2", x2)
+        width = 2 * self._scale_like(x)
+
+        def one_row(row):
+            overlap = jnp.maximum(1 - jnp.abs(row - x2) / width, 0).reshape(x2.shape[0], -1).prod(axis=1)
+            return overlap * jnp.exp(-jnp.broadcast_to(positive_log(width), x.shape[1:]).sum())
+
+        return jax.vmap(one_row)(x)
+
+    def entropy(self, x: jax.Array) -> jax.Array:
+        """The entropy of p(y|x) in nats, [batch]."""
+        x = check_batch("x", x)
+        return sum_event(jnp.broadcast_to(positive_log(2 * self._scale_like(x)), x.shape))
+
+    def _standard_sample(self, key, x):
+        return jax.random.uniform(key, x.shape, x.dtype, minval=-1, maxval=1)
+
+    def _standard_transform(self, omega):
+        return jnp.sinc(omega / math.pi)

@@ -1,0 +1,155 @@
+"""Streamed mixture densities against SciPy and the dense form: values, every derivative, memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from spread_jax import (
+    GaussianNoise,
+    LaplaceNoise,
+    LowRankGaussianNoise,
+    TransformedNoise,
+    UniformNoise,
+    log_spread_density,
+)
+
+
+def problem(dtype, seed=0, event=(2, 2)):
+    rng = np.random.default_rng(seed)
+    arrays = rng.normal(size=(11, *event)), rng.normal(size=(7, *event)), rng.normal(size=7)
+    return tuple(jnp.asarray(a, dtype) for a in arrays)
+
+
+@pytest.mark.parametrize("peer", [scipy.stats.norm, scipy.stats.laplace], ids=["gaussian", "laplace"])
+def test_value_matches_scipy(peer, dtype):
+    y, atoms, _ = problem(dtype)
+    noise = (GaussianNoise if peer is scipy.stats.norm else LaplaceNoise)(0.3)
+    pairs = peer.logpdf(np.asarray(y, float)[:, None], np.asarray(atoms, float), 0.3).sum(axis=(2, 3))
+    expected = scipy.special.logsumexp(pairs, axis=1) - np.log(7)
+    result = jax.jit(lambda y, atoms: log_spread_density(y, atoms, noise, chunk_size=3))(y, atoms)
+    np.testing.assert_allclose(result, expected, rtol=2e-6 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: GaussianNoise(t[0]),
+        lambda t: LaplaceNoise(t[0]),
+        lambda t: LowRankGaussianNoise(t[0], t[1]),
+        lambda t: TransformedNoise(LaplaceNoise(t[0]), jax.tree_util.Partial(jnp.multiply, t[2])),
+    ],
+    ids=["gaussian", "laplace", "low_rank", "transformed"],
+)
+def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, x64):
+    y, atoms, log_weights = problem("float64")
+    rng = np.random.default_rng(1)
+    numbers = (0.4, jnp.asarray(rng.normal(size=(2, 2, 1))), 1.3)
+    weights = jnp.arange(11.0)
+
+    def streamed(y, atoms, log_weights, numbers):
+        density = log_spread_density(y, atoms, make(numbers), log_weights=log_weights, chunk_size=3)
+        return (weights * density).sum(), density
+
+    def reference(y, atoms, log_weights, numbers):
+        noise = make(numbers)
+        density = dense_of(noise)(y, atoms, log_weights)
+        return (weights * density).sum(), density
+
+    def dense_of(noise):
+        def f(y, atoms, log_weights):
+            one = lambda row: jax.nn.logsumexp(
+                noise.log_prob(jnp.broadcast_to(row, atoms.shape), atoms) + jax.nn.log_softmax(log_weights)
+            )
+            return jax.vmap(one)(y)
+
+        return f
+
+    args = (y, atoms, log_weights, numbers)
+
+    @jax.jit
+    def everything(args):
+        gradients = [jax.value_and_grad(f, argnums=(0, 1, 2, 3), has_aux=True)(*args) for f in (streamed, reference)]
+        forward = [jax.jvp(lambda *a, f=f: f(*a)[1], args, args)[1] for f in (streamed, reference)]
+        return gradients, forward
+
+    (got, want), (got_forward, want_forward) = everything(args)
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(got_forward, want_forward, rtol=1e-9)
+
+
+def test_second_derivative_vmap_and_jacfwd(x64):
+    y, atoms, _ = problem("float64", event=(2,))
+    f = jax.jit(lambda s: log_spread_density(y, atoms, GaussianNoise(s), chunk_size=4).sum())
+    slope = lambda s: (f(s + 1e-5) - f(s - 1e-5)) / 2e-5
+    first, second = jax.jit(lambda s: (jax.jacfwd(f)(s), jax.grad(jax.grad(f))(s)))(0.6)
+    np.testing.assert_allclose(first, slope(0.6), rtol=1e-6)
+    np.testing.assert_allclose(second, (f(0.601) - 2 * f(0.6) + f(0.599)) / 1e-6, rtol=1e-4)
+    scales = jnp.array([0.3, 0.6, 2.0])
+    np.testing.assert_allclose(jax.jit(jax.vmap(f))(scales), [f(s) for s in scales], rtol=1e-12)
+
+
+def test_chunks_do_not_change_the_result_and_minus_infinity_leaves_atoms_out():
+    y, atoms, log_weights = problem("float32")
+    noise = GaussianNoise(0.5)
+    density = jax.jit(
+        lambda atoms, log_weights, chunk_size=None: log_spread_density(
+            y, atoms, noise, log_weights=log_weights, chunk_size=chunk_size
+        ),
+        static_argnums=2,
+    )
+    whole = density(atoms, log_weights)
+    for chunk_size in (1, 4, 100):
+        np.testing.assert_allclose(density(atoms, log_weights, chunk_size), whole, rtol=1e-5)
+    np.testing.assert_allclose(density(atoms, np.asarray(log_weights) + 5), whole, rtol=1e-5)
+    some = np.where(np.arange(7) < 3, log_weights, -np.inf).astype(np.float32)
+    kept = density(atoms[:3], log_weights[:3])
+    np.testing.assert_allclose(density(atoms, some, 2), kept, rtol=1e-5)
+    grads = np.asarray(jax.jit(jax.grad(lambda a: density(a, some, 2).sum()))(atoms))
+    assert np.isfinite(grads).all()
+    assert (grads[3:] == 0).all()
+
+
+def test_it_is_a_density_and_far_points_stay_finite(x64):
+    atoms = jnp.array([[-1.0], [0.5], [2.0]])
+    grid = np.linspace(-60, 60, 20001)[:, None]
+    for noise in (GaussianNoise(0.3), LaplaceNoise(0.8)):
+        density = np.exp(jax.jit(log_spread_density)(grid, atoms, noise))
+        np.testing.assert_allclose(np.trapezoid(density, grid[:, 0]), 1.0, rtol=1e-4)
+    far = jnp.array([[1e4]])
+    at_far = jax.value_and_grad(lambda y: log_spread_density(y, atoms, GaussianNoise(0.3))[0])
+    value, slope = jax.jit(at_far)(far)
+    # Only the nearest atom counts: its density, a third of the weight.
+    np.testing.assert_allclose(value, scipy.stats.norm.logpdf(1e4, 2.0, 0.3) - np.log(3), rtol=1e-12)
+    np.testing.assert_allclose(slope, [[-(1e4 - 2) / 0.09]], rtol=1e-9)
+
+
+@pytest.mark.parametrize("make", [GaussianNoise, LaplaceNoise])
+def test_memory_does_not_hold_the_pairs(make):
+    # 3000 x 3000 pairs are 36 MB; with 64 x 64 blocks the gradient needs a fraction of that.
+    y, atoms = jnp.zeros((3000, 4)), jnp.zeros((3000, 4))
+    loss = lambda y, atoms, s: log_spread_density(y, atoms, make(s), chunk_size=64).sum()
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(y, atoms, 1.0).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 3e6
+
+
+def test_bad_arguments_are_refused():
+    y, noise = jnp.zeros((3, 2)), GaussianNoise(1.0)
+    with pytest.raises(ValueError, match="atoms must hold at least one sample"):
+        log_spread_density(y, jnp.zeros((0, 2)), noise)
+    with pytest.raises(ValueError, match="y and atoms must share their event shape"):
+        log_spread_density(y, jnp.zeros((3, 1)), noise)
+    with pytest.raises(ValueError, match="atoms must be finite"):
+        log_spread_density(y, jnp.full((3, 2), jnp.nan), noise)
+    with pytest.raises(ValueError, match=r"log_weights must have shape \(3,\)"):
+        log_spread_density(y, y, noise, log_weights=jnp.zeros(2))
+    with pytest.raises(ValueError, match="chunk_size must be at least 1"):
+        log_spread_density(y, y, noise, chunk_size=0)
+    with pytest.raises(TypeError, match="y must have a floating-point dtype"):
+        log_spread_density(jnp.zeros((3, 2), int), y, noise)
+    with pytest.raises(TypeError, match="bounded support"):
+        log_spread_density(y, y, UniformNoise(1.0))
+    assert log_spread_density(jnp.zeros((0, 2)), y, noise).shape == (0,)
