@@ -58,12 +58,12 @@ class Config:
     """The run's folder; runs/celeba/<preset>-<seed> if not given."""
     seed: int = 0
     """Seed of the data order, the initial parameters and the noise."""
-    steps: int = 1800
+    steps: int = 2400
     """Optimiser steps in all; a finished run continues if this is raised."""
     batch_size: int = 32
     """Images in a batch, over all devices."""
 
-    latent_dim: int = 32
+    latent_dim: int = 16
     """Z, dimensions of z."""
     width: int = 16
     """Channels of the encoder's first convolution (published: 128)."""
@@ -74,11 +74,11 @@ class Config:
 
     noise_scale: float = 0.5
     """Sigma of the Gaussian spread noise at the start."""
-    final_noise_scale: float = 0.3
+    final_noise_scale: float = 0.25
     """Sigma is annealed down to this."""
     noise_decay: float = 0.9
     """Factor of each reduction of sigma."""
-    noise_decay_every: int = 150
+    noise_decay_every: int = 160
     """Steps between reductions of sigma."""
     num_spread_samples: int = 1
     """S_y, noisy copies of each image."""
@@ -107,9 +107,9 @@ class Config:
 
     record_every: int = 20
     """Steps between lines of metrics.jsonl."""
-    sample_every: int = 300
+    sample_every: int = 400
     """Steps between sample grids and held-out evaluations."""
-    save_every: int = 300
+    save_every: int = 400
     """Steps between checkpoints."""
     keep: int = 3
     """Checkpoints to keep, besides the best."""
