@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import spread_jax
+from spread_jax.data import default_cache_dir
 
 C = TypeVar("C")
 
@@ -57,19 +58,12 @@ def _program(config_type: type) -> str:
     return f"python -m experiments.{Path(sys.modules[config_type.__module__].__file__).stem}"
 
 
-def cache_folder() -> Path:
-    """Where decoded data and compiled programs are kept between runs."""
-    if configured := os.environ.get("SPREAD_JAX_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spread_jax"
-
-
 def configure_jax() -> None:
     """Compiler flags and the persistent compilation cache; must run before the first array is made."""
     _set_cpu_flag()
     import jax
 
-    folder = cache_folder() / "xla"
+    folder = default_cache_dir() / "xla"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -83,7 +77,7 @@ def _set_cpu_flag() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if _CPU_FLAG.split("=")[0] in flags or platform.machine() not in ("x86_64", "AMD64"):
         return
-    verdict = cache_folder() / f"xla-flag-{importlib.metadata.version('jaxlib')}"
+    verdict = default_cache_dir() / f"xla-flag-{importlib.metadata.version('jaxlib')}"
     try:
         accepted = verdict.read_text()
     except OSError:
