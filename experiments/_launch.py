@@ -164,8 +164,7 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn("training"),
-                BarColumn(),
+                BarColumn(bar_width=16),  # the whole line fits 80 columns
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
@@ -184,7 +183,7 @@ class Progress:
 
     def update(self, step: int, metrics: Mapping[str, float], rate: float) -> None:
         """Shows the numbers of a step; plain lines come at most every five seconds."""
-        numbers = f"ELBO {metrics['elbo']:.1f} nats, KL {metrics['kl']:.1f}, {rate:.0f} images/s"
+        numbers = f"ELBO {metrics['elbo']:.0f} nats, KL {metrics['kl']:.0f}, {rate:.0f} images/s"
         if self.bar:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif not self.quiet and (time.monotonic() - self.last_line > 5 or step == self.num_steps):
