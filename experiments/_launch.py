@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import importlib.metadata
 import json
@@ -11,13 +12,18 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import spread_jax
 from spread_jax.data import default_cache_dir
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from spread_jax.training import RunDirectory
 
 C = TypeVar("C")
 
@@ -117,6 +123,9 @@ def run(main: Callable[[], int | None]) -> None:
         code = 1
     except BrokenPipeError:
         code = 1
+    except KeyboardInterrupt:
+        print("\nstopped. Repeat the command to start again.", file=sys.stderr)
+        code = 130
     except OSError as error:  # a figure on a full disk, say; checkpoints and data have sentences of their own
         print(f"\nerror: {error}. Make room or make it writable, then repeat the command.", file=sys.stderr)
         code = 1
@@ -125,6 +134,77 @@ def run(main: Callable[[], int | None]) -> None:
 
 class UsageError(Exception):
     """A setting that cannot work; the message says what to do."""
+
+
+def require_at_least(config, minimum: float, *names: str) -> None:
+    """Refuses a config one of whose named numbers is below the minimum, naming the flag."""
+    for name in names:
+        value = getattr(config, name)
+        if not value >= minimum:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}.")
+
+
+def require_positive(config, *names: str) -> None:
+    """Refuses a config one of whose named numbers is not positive and finite, naming the flag."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 < value < float("inf"):
+            raise UsageError(f"--{name.replace('_', '-')} must be positive and finite, got {value}.")
+
+
+def run_once(config, compute: Callable[[RunDirectory, Callable[..., None]], Mapping]) -> int:
+    """An experiment too short to resume: opens its folder, computes, writes and prints the results.
+
+    Args:
+      config: has `preset`, `seed`, `workdir` and `quiet`; the folder is runs/NAME/<preset>-<seed> unless
+        `workdir` is given, NAME being the module of the config.
+      compute: (run directory, say) -> the results; what belongs to every result is added here.
+    """
+    from spread_jax.training import RunDirectory
+
+    name = Path(sys.modules[type(config).__module__].__file__).stem
+    say = talker(quiet=config.quiet)
+    workdir = Path(config.workdir or f"runs/{name}/{config.preset}-{config.seed}")
+    with RunDirectory.open(workdir, as_dict(config), resumable_keys=("workdir", "quiet"), tensorboard=False) as run:
+        if run.finished:
+            say(f"{workdir} is finished; give another --seed or --workdir to run again.")
+            print_result(run.results)
+            return 0
+        run.truncate_metrics(0)
+        began, busy = time.perf_counter(), time.process_time()
+        found = compute(run, say)
+        results = {
+            "experiment": name,
+            "preset": config.preset,
+            "seed": config.seed,
+            **found,
+            "seconds": round(time.perf_counter() - began, 2),
+            "cpu_seconds": round(time.process_time() - busy, 2),
+            "versions": versions(),
+        }
+        run.write_results(results)
+        say(f"results and figure: {run.path}")
+        print_result(results)
+    return 0
+
+
+def save_figure(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a Matplotlib figure as PNG, atomically."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    figure.savefig(part, format="png", dpi=150)
+    part.replace(path)
+
+
+def save_csv(rows: Sequence[Mapping], path: str | os.PathLike) -> None:
+    """Writes rows of the same columns as CSV, atomically."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    part.replace(path)
 
 
 def as_dict(config) -> dict:

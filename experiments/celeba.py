@@ -180,11 +180,10 @@ CURVES = {
 
 def check_config(config: Config) -> None:
     """Refuses numbers that cannot work, naming the flag."""
-    for name in ("steps", "batch_size", "latent_dim", "record_every", "sample_every", "save_every", "keep",
-                 "held_out_examples", "num_spread_samples", "num_latent_samples", "noise_decay_every"):  # fmt: skip
-        if getattr(config, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise _launch.UsageError(f"{flag} must be at least 1, got {getattr(config, name)}.")
+    _launch.require_at_least(
+        config, 1, "steps", "batch_size", "latent_dim", "record_every", "sample_every", "save_every", "keep",
+        "held_out_examples", "num_spread_samples", "num_latent_samples", "noise_decay_every",
+    )  # fmt: skip
     if config.width < 2 or config.width % 2:
         raise _launch.UsageError(f"--width must be an even number of at least 2, got {config.width}.")
     if config.seed < 0:

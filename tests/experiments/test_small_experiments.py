@@ -1,0 +1,117 @@
+"""The small experiments with tiny settings: their scientific claim, what they leave behind, and bad input."""
+
+import csv
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import _launch, deltas
+from spread_jax.training import RunDirectoryError
+
+
+@pytest.fixture(autouse=True)
+def no_global_settings(monkeypatch):
+    """The compiler's flags and cache belong to a program, not to a test."""
+    monkeypatch.setattr(_launch, "configure_jax", lambda: None)
+
+
+def run(module, workdir, capsys, **settings):
+    """Runs an experiment in this process; its results, which are also the last line printed."""
+    flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    assert module.main(["--workdir", str(workdir), *flags]) == 0
+    out, err = capsys.readouterr()
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("RESULT ")
+    results = json.loads(last.removeprefix("RESULT "))
+    assert results == json.loads((workdir / "results.json").read_text())
+    assert json.loads((workdir / "config.json").read_text())["seed"] == results["seed"]
+    assert results["versions"]["jax"] == jax.__version__
+    return results, err
+
+
+def assert_is_a_picture(path):
+    with Image.open(path) as image:
+        assert min(image.size) > 400
+        assert np.asarray(image.convert("L")).std() > 10  # not blank
+
+
+def assert_finished_or_refused(module, workdir, capsys, results, settings):
+    """The same command says that the run is finished, another configuration is refused."""
+    again, err = run(module, workdir, capsys, **settings)
+    assert again == results
+    assert "is finished" in err
+    with pytest.raises(RunDirectoryError, match="seed: saved"):
+        run(module, workdir, capsys, **{**settings, "seed": 77})
+
+
+def rows(path):
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_deltas_estimates_agree_with_closed_forms(tmp_path, capsys):
+    settings = {"points": 3, "num_samples": 500, "seed": 1}
+    results, err = run(deltas, tmp_path / "run", capsys, **settings)
+    # Of 70 standard normal numbers one exceeds 5 in 25,000 runs; the tails of the integrands add a little.
+    assert 0 < results["largest_deviation"] < 5
+    assert "largest deviation" in err
+    assert results["quadrature_against_closed_form"] < 1e-4
+    spread = results["spread_divergences_exact"]
+    assert spread["Gaussian"]["KL"] == pytest.approx(0.5, rel=1e-6)
+    assert spread["Laplace"]["KL"] == pytest.approx(math.exp(-1), rel=1e-6)
+    assert results["kl_without_noise"] == "inf"
+    points = rows(tmp_path / "run/points.csv")
+    assert len(points) == results["estimates"]
+    assert {r["divergence"] for r in points} == set(deltas.DIVERGENCES)
+    # Finite everywhere, growing with the distance, falling with the noise.
+    for swept, sign in (("distance", 1), ("scale", -1)):
+        kl = [
+            float(r["exact"]) for r in points if (r["noise"], r["divergence"], r["swept"]) == ("Laplace", "KL", swept)
+        ]
+        assert np.isfinite(kl).all()
+        assert (sign * np.diff(kl) > 0).all()
+    assert_is_a_picture(tmp_path / "run/deltas.png")
+    assert_finished_or_refused(deltas, tmp_path / "run", capsys, results, settings)
+
+
+BAD = [
+    (deltas, "num-samples", 99, "--num-samples must be at least 100, got 99"),
+    (deltas, "points", 1, "--points must be at least 2"),
+    (deltas, "seed", -1, "--seed must be at least 0, got -1"),
+    (deltas, "scale", 0, "--scale must be positive and finite, got 0.0"),
+    (deltas, "distance", "inf", "--distance must be positive and finite, got inf"),
+    (deltas, "max-distance", "nan", "--max-distance must be positive and finite, got nan"),
+]
+
+
+@pytest.mark.parametrize(("module", "flag", "value", "sentence"), BAD)
+def test_bad_input_gets_a_sentence(module, flag, value, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        _launch.run(lambda: module.main([f"--{flag}", str(value), "--workdir", str(tmp_path / "run")]))
+    assert stopped.value.code == 1
+    out, err = capsys.readouterr()
+    assert f"error: {sentence}" in err
+    assert "RESULT" not in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", [deltas])
+def test_an_unknown_flag_suggests_the_nearest(module, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--worksdir", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "--workdir" in capsys.readouterr().err
+
+
+def test_ctrl_c_gets_a_sentence(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        _launch.run(stopped)
+    assert end.value.code == 130
+    assert "Repeat the command" in capsys.readouterr().err
