@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import _launch, deltas
+from experiments import _launch, bias, deltas
 from spread_jax.training import RunDirectoryError
 
 
@@ -78,6 +78,28 @@ def test_deltas_estimates_agree_with_closed_forms(tmp_path, capsys):
     assert_finished_or_refused(deltas, tmp_path / "run", capsys, results, settings)
 
 
+def test_bias_of_one_side_and_none_of_both(tmp_path, capsys):
+    settings = {"datasets": 12, "num_examples": 200, "scales": 2, "max_scale": 1.2, "steps": 500}
+    settings |= {"learning_rate": 0.05, "seed": 2}
+    results, err = run(bias, tmp_path / "run", capsys, **settings)
+    table = {(row["method"], row["sigma"]): row for row in results["table"]}
+    assert len(table) == 4 * 2
+    for (method, _), row in table.items():
+        # Five standard errors; the trained estimates besides stop within 0.03 of each bound's maximum.
+        assert abs(row["mean"] - row["maximiser"]) < 0.03, row
+        assert abs(row["mean"] - row["population"]) < 5 * row["standard_error"] + 0.03, row
+        if method == "both":
+            assert abs(row["bias"]) < 5 * row["standard_error"] + 0.005, row
+        else:
+            assert row["bias"] < -0.2, row
+    assert results["bias_model"] == pytest.approx(-1, abs=0.05)  # sigma = 1.2 exceeds |a|: the model collapses
+    assert len(rows(tmp_path / "run/estimates.csv")) == 4 * 2 * 12
+    text = (tmp_path / "run/table.md").read_text()
+    assert text.count("\n| ") == 2
+    assert text in err
+    assert_is_a_picture(tmp_path / "run/bias.png")
+
+
 BAD = [
     (deltas, "num-samples", 99, "--num-samples must be at least 100, got 99"),
     (deltas, "points", 1, "--points must be at least 2"),
@@ -85,6 +107,10 @@ BAD = [
     (deltas, "scale", 0, "--scale must be positive and finite, got 0.0"),
     (deltas, "distance", "inf", "--distance must be positive and finite, got inf"),
     (deltas, "max-distance", "nan", "--max-distance must be positive and finite, got nan"),
+    (bias, "datasets", 1, "--datasets must be at least 2, got 1"),
+    (bias, "steps", 0, "--steps must be at least 1, got 0"),
+    (bias, "max-scale", -1, "--max-scale must be positive and finite, got -1.0"),
+    (bias, "decoder-scale", 0, "--decoder-scale must be positive and finite, got 0.0"),
 ]
 
 
@@ -99,7 +125,7 @@ def test_bad_input_gets_a_sentence(module, flag, value, sentence, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("module", [deltas])
+@pytest.mark.parametrize("module", [bias, deltas])
 def test_an_unknown_flag_suggests_the_nearest(module, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         module.main(["--worksdir", str(tmp_path)])

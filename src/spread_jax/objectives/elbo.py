@@ -68,7 +68,9 @@ def spread_elbo(
         order of X / Z (for a linear model with Z = 2: not at all at X = 4, 10 times at X = 40, 100 times at
         X = 400). It changes the objective: z depends on y through q(z|y), and what is dropped is
         their covariance, E <y - x, g(z)> / sigma^2 for Gaussian noise, positive near the optimum. So the value
-        is lower, and the encoder is no longer rewarded for fitting the noise. Report the bound with False.
+        is lower, the encoder is no longer rewarded for fitting the noise, and the maximiser is biased: for data
+        x = a z of variance v it is |a|^2 = v^2 / (v + sigma^2) - sigma^2 in place of v. Harmless where sigma
+        is small beside the data's spread along the manifold; report the bound with False.
       has_aux: `encode` and `decode` return (output, aux), such as new batch statistics.
 
     Returns:
