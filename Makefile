@@ -7,7 +7,7 @@ CELEBA ?= celeb_a
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample deltas bias test test-fast lint format package clean
+.PHONY: help demo train-celeba sample deltas bias manifold test test-fast lint format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ deltas: $(VENV)/.train ## Two point masses: every divergence exactly and estimat
 
 bias: $(VENV)/.train ## Noise on one side biases an estimate, noise on both does not: figure and table, about a minute
 	$(RUN) -m experiments.bias $(ARGS)
+
+manifold: $(VENV)/.train ## A generator of two latents recovers a curved sheet in space; a figure in half a minute
+	$(RUN) -m experiments.manifold $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
