@@ -28,6 +28,7 @@ import numpy as np
 from spread_jax._checks import check_batch, check_count, check_positive
 from spread_jax._pytree import frozen_pytree
 from spread_jax.divergences import spread_kl_gaussians
+from spread_jax.linear._moments import device_moments, host_moments
 from spread_jax.noise import GaussianNoise
 
 __all__ = [
@@ -98,50 +99,12 @@ def second_moments(x: jax.Array | np.ndarray, *, chunk_size: int = 8192) -> Mome
        [0. 0.]]
     """
     chunk_size = check_count("chunk_size", chunk_size)
-    if isinstance(x, np.ndarray):
-        return _host_moments(_check_matrix("x", x), chunk_size)
-    x = _check_matrix("x", check_batch("x", x))
-    return _device_moments(x, min(chunk_size, x.shape[0]))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _device_moments(x, chunk_size):
-    num_examples, width = x.shape
-    shift = x.mean(axis=0)
-
-    def add(carry, rows):
-        total, scatter = carry
-        rows = rows - shift
-        return total + rows.sum(axis=0), scatter + _product(rows.T, rows)
-
-    def add_chunk(index, carry):
-        return add(carry, jax.lax.dynamic_slice_in_dim(x, index * chunk_size, chunk_size))
-
-    num_chunks = num_examples // chunk_size
-    carry = (jnp.zeros(width, x.dtype), jnp.zeros((width, width), x.dtype))
-    carry = jax.lax.fori_loop(0, num_chunks, add_chunk, carry)
-    total, scatter = add(carry, x[num_chunks * chunk_size :])
-    # The rest of the mean, which a sum of many rows loses in float32.
-    rest = total / num_examples
-    return Moments(shift + rest, scatter / num_examples - jnp.outer(rest, rest))
-
-
-def _host_moments(x: np.ndarray, chunk_size: int) -> Moments:
-    """Chunks with means of their own, joined: exact for data that drift from chunk to chunk too."""
-    mean = np.zeros(x.shape[1])
-    scatter = np.zeros((x.shape[1], x.shape[1]))
-    for start in range(0, len(x), chunk_size):
-        rows = np.asarray(x[start : start + chunk_size])
-        chunk_mean = rows.mean(axis=0, dtype=np.float64)
-        rows = rows - chunk_mean.astype(rows.dtype)
-        left = rows.mean(axis=0, dtype=np.float64)  # what rounding the mean to the dtype of x left behind
-        difference = chunk_mean.astype(rows.dtype) + left - mean
-        scatter += rows.T @ rows - len(rows) * np.outer(left, left)
-        scatter += np.outer(difference, difference) * (len(rows) * start / (start + len(rows)))
-        mean += difference * (len(rows) / (start + len(rows)))
-    if not (np.isfinite(mean).all() and np.isfinite(scatter).all()):
+    if not isinstance(x, np.ndarray):
+        return Moments(*device_moments(_check_matrix("x", check_batch("x", x)), chunk_size))
+    mean, covariance = host_moments(_check_matrix("x", x), chunk_size)
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise ValueError("x must be finite, got NaN or infinity (or squares that overflow); remove those rows first.")
-    return Moments(jnp.asarray(mean.astype(x.dtype)), jnp.asarray((scatter / len(x)).astype(x.dtype)))
+    return Moments(jnp.asarray(mean.astype(x.dtype)), jnp.asarray(covariance.astype(x.dtype)))
 
 
 def closed_form(

@@ -1,0 +1,54 @@
+"""Mean and covariance of many rows, a chunk at a time."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+__all__ = ["device_moments", "host_moments"]
+
+
+def host_moments(x: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [X] and covariance [X, X] of [N, X] in float64; x may be a memory map larger than the memory.
+
+    Chunks have means of their own and are then joined: exact for data that drift from chunk to chunk too.
+    """
+    mean = np.zeros(x.shape[1])
+    scatter = np.zeros((x.shape[1], x.shape[1]))
+    for start in range(0, len(x), chunk_size):
+        rows = np.array(x[start : start + chunk_size], np.float64)
+        chunk_mean = rows.mean(axis=0)
+        rows -= chunk_mean
+        difference, count = chunk_mean - mean, start + len(rows)
+        scatter += rows.T @ rows + np.outer(difference, difference) * (len(rows) * start / count)
+        mean += difference * (len(rows) / count)
+    return mean, scatter / len(x)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def device_moments(x: jax.Array, chunk_size: int) -> tuple[jax.Array, jax.Array]:
+    """Mean [X] and covariance [X, X] of [N, X] where it lies, in its dtype; works under jit, vmap and grad."""
+    num_examples, width = x.shape
+    chunk_size = min(chunk_size, num_examples)
+    shift = x.mean(axis=0)
+
+    def add(carry, rows):
+        total, scatter = carry
+        rows = rows - shift
+        return total + rows.sum(axis=0), scatter + jnp.matmul(rows.T, rows, precision=jax.lax.Precision.HIGHEST)
+
+    def add_chunk(index, carry):
+        return add(carry, jax.lax.dynamic_slice_in_dim(x, index * chunk_size, chunk_size))
+
+    num_chunks = num_examples // chunk_size
+    carry = (jnp.zeros(width, x.dtype), jnp.zeros((width, width), x.dtype))
+    carry = jax.lax.fori_loop(0, num_chunks, add_chunk, carry)
+    if num_examples % chunk_size:
+        carry = add(carry, x[num_chunks * chunk_size :])
+    # The rest of the mean, which a sum of many rows loses in float32.
+    total, scatter = carry
+    rest = total / num_examples
+    return shift + rest, scatter / num_examples - jnp.outer(rest, rest)

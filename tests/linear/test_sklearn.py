@@ -1,0 +1,229 @@
+"""The estimators: scikit-learn's own checks, agreement with the core and with peers, and what users get wrong."""
+
+import inspect
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse
+from sklearn.base import clone
+from sklearn.decomposition import PCA, FastICA
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.model_selection import GridSearchCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from spread_jax.linear import mixing_error, pca
+from spread_jax.linear.sklearn import SpreadICA, SpreadPCA
+
+BOTH = [SpreadICA, SpreadPCA]
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # the checks fit noise
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+@parametrize_with_checks([SpreadICA(), SpreadPCA()])
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Three Laplace sources in five features, far from the origin: (X, mixing, sources)."""
+    rng = np.random.default_rng(0)
+    mixing = np.array([[1.0, 1, 1], [1, -1, 1], [1, 1, -1], [1, -1, -1], [-1, 1, 1]])
+    sources = rng.laplace(scale=0.5**0.5, size=(3000, 3))
+    return sources @ mixing.T + rng.normal(size=5), mixing, sources
+
+
+def test_ica_finds_the_mixing_in_unit_variance_sources(mixed):
+    X, mixing, sources = mixed
+    model = SpreadICA(random_state=0)
+    z = model.fit_transform(X)
+    assert model.mixing_.shape == (5, 3)  # the rank of X
+    # Cramer-Rao: each entry of A has variance (2 (Z - 1) / 3 + 1) / N for Z sources; twice the mean of its size.
+    bound = np.sqrt(2 / np.pi * (2 * 2 / 3 + 1) / len(X))
+    assert 0.3 * bound < mixing_error(model.mixing_, mixing) < 2 * bound
+    peer = FastICA(3, whiten="unit-variance", random_state=0).fit(X)
+    assert mixing_error(model.mixing_, mixing) < 1.1 * mixing_error(peer.mixing_, mixing)
+    np.testing.assert_allclose(model.inverse_transform(z), X, atol=1e-5)
+    np.testing.assert_allclose(model.components_ @ model.mixing_, np.eye(3), atol=1e-5)
+    np.testing.assert_allclose(z.std(axis=0), 1, atol=0.1)
+    correlation = np.abs(np.corrcoef(z.T, sources.T)[:3, 3:])
+    assert np.sort(correlation.max(axis=0))[0] > 0.99
+
+
+def test_pca_is_the_core_and_scikit_learns(mixed):
+    X = mixed[0]
+    rest = X + 0.1 * np.random.default_rng(1).normal(size=X.shape)
+    model, peer = SpreadPCA(3, noise_scale=0.3).fit(rest), PCA(3, whiten=True).fit(rest)
+    np.testing.assert_allclose(np.abs(model.components_), np.abs(peer.components_), rtol=1e-8)
+    np.testing.assert_allclose(model.explained_variance_, peer.explained_variance_ * (1 - 1 / len(X)))
+    signs = np.sign((model.components_ * peer.components_).sum(axis=1))
+    expected = signs * peer.transform(rest) / np.sqrt(1 - 1 / len(X))
+    np.testing.assert_allclose(model.transform(rest), expected, atol=1e-8)
+    core = pca.fit(rest, 3, 0.3)
+    np.testing.assert_allclose(model.mixing_, core.loadings, atol=1e-4)
+    assert model.score(rest) == pytest.approx(float(core.log_likelihood), rel=1e-5)
+    em = SpreadPCA(3, noise_scale=2.0, method="em", tol=1e-9, random_state=0).fit(rest)
+    np.testing.assert_allclose(em.mixing_, model.mixing_, atol=1e-7)  # beyond float32: it ran in double precision
+    assert em.n_iter_ > 1
+
+
+@pytest.mark.parametrize("Estimator", BOTH)
+def test_dtypes_are_kept_and_offsets_and_scales_cost_no_digits(Estimator, mixed):
+    X = mixed[0]
+    for dtype in (np.float32, np.float64):
+        model = Estimator(random_state=0).fit(X.astype(dtype))
+        for value in (model.mixing_, model.components_, model.mean_, model.transform(X.astype(dtype))):
+            assert value.dtype == dtype
+    far = Estimator(random_state=0).fit(1e-30 * (X + 1e6))
+    assert mixing_error(1e30 * far.mixing_, model.mixing_) < 1e-3
+    assert Estimator().fit((100 * X).astype(int)).mixing_.dtype == np.float64
+
+
+@pytest.mark.parametrize("Estimator", BOTH)
+def test_rank_deficient_data_use_their_rank_or_say_so(Estimator, mixed):
+    X = np.hstack([mixed[0], mixed[0][:, :2], np.full((3000, 1), 7.7)])  # duplicated and constant features
+    for value in (X, X.astype(np.float32)):
+        model = Estimator().fit(value)
+        assert model.mixing_.shape == (8, 3)
+        assert np.isfinite(model.mixing_).all()
+        assert np.isfinite(model.transform(value)).all()
+        np.testing.assert_allclose(model.mixing_[7], 0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"n_components=4 must be between 1 and the rank of X, which is 3 for"):
+        Estimator(4).fit(X)
+    with pytest.raises(ValueError, match=r"X has no variance: its 4 feature\(s\) are constant over 9 samples"):
+        Estimator().fit(np.full((9, 4), 0.1))
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")  # three sources of 6 samples
+@pytest.mark.parametrize("Estimator", BOTH)
+def test_fewer_samples_than_features(Estimator):
+    X = np.random.default_rng(0).normal(size=(6, 9))
+    model = Estimator(3, random_state=0).fit(X)
+    assert np.isfinite(model.mixing_).all()
+    np.testing.assert_allclose(np.cov(model.transform(X).T, bias=True), np.eye(3), atol=0.6)
+    with pytest.raises(ValueError, match="the rank of X, which is 5"):
+        Estimator(6).fit(X)
+
+
+GOOD = np.random.default_rng(0).laplace(size=(50, 3))
+BAD = [
+    ({}, np.where(GOOD > 3, np.nan, GOOD), "Input X contains NaN"),
+    ({}, np.where(GOOD > 3, np.inf, GOOD), "Input X contains infinity"),
+    ({}, GOOD[:1], r"Found array with 1 sample\(s\) \(shape=\(1, 3\)\) while a minimum of 2 is required"),
+    ({}, GOOD[:, 0], "Expected 2D array, got 1D array instead"),
+    ({"n_components": 0}, GOOD, r"The 'n_components' parameter of \w+ must be an int in the range \[1, inf\) or None"),
+    ({"n_components": 1.5}, GOOD, "Got 1.5 instead"),
+    ({"n_components": 4}, GOOD, "n_components=4 must be between 1 and the rank of X, which is 3"),
+    ({"noise_scale": -1}, GOOD, "must be 'auto' or a float in the range"),
+    ({"tol": 0}, GOOD, "must be None or a float in the range"),
+    ({"max_iter": True}, GOOD, "must be an int in the range"),
+    ({"method": "magic"}, GOOD, "method"),
+]
+
+
+@pytest.mark.parametrize("Estimator", BOTH)
+@pytest.mark.parametrize(("parameters", "X", "sentence"), BAD)
+def test_bad_input_gets_scikit_learns_sentence(Estimator, parameters, X, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Estimator(**parameters).fit(X)
+
+
+@pytest.mark.parametrize("Estimator", BOTH)
+def test_other_bad_input(Estimator):
+    with pytest.raises(TypeError, match="Sparse data was passed"):
+        Estimator().fit(scipy.sparse.csr_array(GOOD))
+    with pytest.raises(NotFittedError, match=f"This {Estimator.__name__} instance is not fitted yet"):
+        Estimator().transform(GOOD)
+    model = Estimator(2).fit(GOOD)
+    with pytest.raises(ValueError, match="X has 2 features, but"):
+        model.transform(GOOD[:, :2])
+    with pytest.raises(ValueError, match=r"X has 3 features, but the inverse of .* is expecting 2"):
+        model.inverse_transform(GOOD)
+
+
+def test_other_bad_input_of_ica():
+    with pytest.raises(ValueError, match=r"Found array with 1 feature\(s\) .* while a minimum of 2 is required"):
+        SpreadICA().fit(GOOD[:, :1])
+    with pytest.raises(ValueError, match="The 'n_restarts' parameter of SpreadICA must be an int"):
+        SpreadICA(n_restarts=0).fit(GOOD)
+
+
+@pytest.mark.parametrize("model", [SpreadICA(max_iter=1), SpreadPCA(2, method="em", noise_scale=0.01, max_iter=2)])
+def test_no_convergence_warns(model):
+    name = type(model).__name__
+    with pytest.warns(ConvergenceWarning, match=f"{name} did not converge in .* Increase max_iter"):
+        model.fit(np.random.default_rng(3).normal(size=(200, 3)))
+
+
+def test_random_state_is_int_instance_or_none(mixed):
+    X = mixed[0]
+    fit = lambda state: SpreadICA(random_state=state).fit(X).mixing_
+    np.testing.assert_array_equal(fit(3), fit(3))
+    np.testing.assert_array_equal(fit(3), fit(np.random.RandomState(3)))
+    state = np.random.RandomState(3)
+    before = state.get_state()[2]
+    fit(state)
+    assert state.get_state()[2] != before  # an instance moves on
+    assert mixing_error(fit(None), mixed[1]) < 0.09
+
+
+@pytest.mark.parametrize("Estimator", BOTH)
+def test_pipeline_search_clone_and_pickle(Estimator, mixed):
+    X = mixed[0][:500]
+    model = make_pipeline(StandardScaler(), Estimator(2, random_state=0)).fit(X)
+    again = pickle.loads(pickle.dumps(clone(model).fit(X)))
+    np.testing.assert_array_equal(again.transform(X), model.transform(X))
+    names = model.get_feature_names_out()
+    assert list(names) == [f"{Estimator.__name__.lower()}{i}" for i in range(2)]
+    shown = lambda model, X, y=None: -np.square(model.inverse_transform(model.transform(X)) - X).mean()
+    search = GridSearchCV(Estimator(random_state=0), {"n_components": [1, 2, 3]}, scoring=shown, cv=2).fit(X)
+    assert search.best_params_ == {"n_components": 3}
+    if Estimator is SpreadPCA:
+        search = GridSearchCV(SpreadPCA(noise_scale=0.5), {"n_components": [1, 2, 3]}, cv=2).fit(X)
+        assert search.best_params_ == {"n_components": 3}
+
+
+@pytest.mark.parametrize("Estimator", BOTH)
+def test_pandas_in_and_out(Estimator, mixed):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame(mixed[0], columns=list("abcde"))
+    model = Estimator(2, random_state=0).set_output(transform="pandas").fit(frame)
+    out = model.transform(frame)
+    assert list(out.columns) == list(model.get_feature_names_out())
+    assert list(model.feature_names_in_) == list("abcde")
+    with pytest.raises(ValueError, match="feature names should match"):
+        model.transform(frame.rename(columns={"a": "z"}))
+
+
+def test_no_copy_of_the_data_in_double_precision_nor_a_change_to_them(mixed):
+    X = mixed[0].copy()
+    X.flags.writeable = False
+    for Estimator in BOTH:
+        Estimator().fit(X).transform(X)
+    np.testing.assert_array_equal(X, mixed[0])
+
+
+def test_parameters_are_what_the_signature_says():
+    for Estimator in BOTH:
+        parameters = inspect.signature(Estimator).parameters
+        assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name != "n_components")
+        assert set(Estimator().get_params()) == set(parameters)
+
+
+def test_scikit_learn_is_optional():
+    program = """
+import sys
+sys.modules["sklearn"] = None
+import spread_jax.linear
+try:
+    import spread_jax.linear.sklearn
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == 'spread_jax.linear.sklearn needs scikit-learn: pip install "spread-jax[eval]".\n'
