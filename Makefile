@@ -7,7 +7,7 @@ CELEBA ?= celeb_a
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample deltas bias manifold test test-fast lint format package clean
+.PHONY: help demo train-celeba sample deltas bias manifold pca test test-fast lint format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ bias: $(VENV)/.train ## Noise on one side biases an estimate, noise on both does
 
 manifold: $(VENV)/.train ## A generator of two latents recovers a curved sheet in space; a figure in half a minute
 	$(RUN) -m experiments.manifold $(ARGS)
+
+pca: $(VENV)/.train ## EM freezes at small noise, spreading lets it be large without bias: exact rates; a figure in half a minute
+	$(RUN) -m experiments.pca $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
