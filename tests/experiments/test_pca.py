@@ -10,6 +10,7 @@ from PIL import Image
 from experiments import _launch, pca
 
 SETTINGS = {"num_examples": 300, "dimensions": 6, "components": 2, "min_scale": 0.04, "scales": 4, "starts": 2}
+SETTINGS |= {"max_steps": 20_000}
 
 
 @pytest.fixture(autouse=True)

@@ -89,13 +89,13 @@ class _LinearModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
         if self.tol is not None:
             _check_positive(name, "tol", self.tol, "None or ")
 
-    def _count_components(self, rank, shape):
-        """n_components, the rank of the data if None; more than that is refused."""
+    def _count_components(self, rank, shape, *, overcomplete=False):
+        """n_components, the rank of the data if None; more than that is refused unless the model is overcomplete."""
         if rank == 0:
             raise ValueError(f"X has no variance: its {shape[1]} feature(s) are constant over {shape[0]} samples.")
         if self.n_components is None:
             return rank
-        if self.n_components > rank:
+        if self.n_components > rank and not overcomplete:
             raise ValueError(
                 f"n_components={self.n_components} must be between 1 and the rank of X, which is {rank} for "
                 f"n_samples={shape[0]}, n_features={shape[1]}: constant or linearly dependent features and few samples "
@@ -123,10 +123,11 @@ class SpreadICA(_LinearModel):
     digits, and the rotation is found in float32.
 
     Args:
-      n_components: number of sources; the rank of the data if None.
-      method: of `spread_jax.linear.ica.fit`; "auto" chooses.
-      source: law of the sources, as in `spread_jax.linear.ica.fit`.
-      noise_scale: standard deviation of the spread noise in whitened coordinates (of unit variance), or "auto".
+      n_components: number of sources; the rank of the data if None. More than the rank needs method "gibbs", and
+        `transform` is then the least-norm solution.
+      method: as in `spread_jax.linear.ica.fit`, for the whitened data; "auto" is its closed form.
+      source: law of the sources, as in `spread_jax.linear.ica.fit`; "auto" assumes none.
+      noise_scale: standard deviation of the spread noise, in whitened coordinates (of unit variance), or "auto".
       max_iter: iterations at most; the method's default if None.
       tol: tolerance of convergence; the method's default if None.
       n_restarts: random starts, of which the best is kept.
@@ -159,7 +160,7 @@ class SpreadICA(_LinearModel):
         n_components=None,
         *,
         method="auto",
-        source="laplace",
+        source="auto",
         noise_scale="auto",
         max_iter=None,
         tol=None,
@@ -192,11 +193,11 @@ class SpreadICA(_LinearModel):
         _check_integer("SpreadICA", "n_restarts", self.n_restarts)
         X = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2, ensure_min_features=2)
         mean, axes, deviations = _principal_axes(X)
-        num_sources = self._count_components(len(deviations), X.shape)
+        num_sources = self._count_components(len(deviations), X.shape, overcomplete=self.method == "gibbs")
         axes, deviations = axes[:, :num_sources], deviations[:num_sources]
         # Float32 from here on, also for float64 data: an error of 1e-6 in a rotation is far below the statistical
         # error, 1 / sqrt(n_samples), and it halves time and memory. Whitened data lose nothing by it.
-        white = np.empty((len(X), num_sources), np.float32)
+        white = np.empty((len(X), len(deviations)), np.float32)
         for start in range(0, len(X), _CHUNK):
             white[start : start + _CHUNK] = (X[start : start + _CHUNK] - mean) @ (axes / deviations)
         result = ica.fit(
