@@ -1,0 +1,1 @@
+"""Deterministic linear models x = A z: independent component analysis with spread noise."""
