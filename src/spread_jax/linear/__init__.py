@@ -1,7 +1,8 @@
-"""Deterministic linear models x = F z: PCA, and the distances between mixing matrices."""
+"""Deterministic linear models x = A z with spread noise: PCA, ICA, and the distances between mixing matrices."""
 
-from spread_jax.linear import pca
+from spread_jax.linear import ica, pca, sources
+from spread_jax.linear.ica import IcaResult
 from spread_jax.linear.metrics import amari_distance, match_columns, mixing_error
 from spread_jax.linear.pca import PcaResult
 
-__all__ = ["PcaResult", "amari_distance", "match_columns", "mixing_error", "pca"]
+__all__ = ["IcaResult", "PcaResult", "amari_distance", "ica", "match_columns", "mixing_error", "pca", "sources"]

@@ -1,0 +1,294 @@
+"""Posterior averages of the sources given spread data, by importance sampling and by Gibbs sampling."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from spread_jax._pytree import frozen_pytree
+from spread_jax.linear.sources import Source
+
+__all__ = ["PosteriorMoments", "gibbs_sweep", "importance_moments", "pseudo_inverse"]
+
+# Numbers in one block of samples [rows, samples, sources]: it stays in a CPU's cache and still fills a GPU.
+_BLOCK_NUMBERS = 2**18
+
+
+@frozen_pytree
+class PosteriorMoments:
+    """Averages over data and posterior p(z|y).
+
+    Args:
+      y_z: [X, Z], E[y z^T].
+      z_z: [Z, Z], E[z z^T].
+      score_z: [Z, Z], E[psi(z) z^T]; the relative gradient of log p~ with respect to A is `score_z` - I.
+      score_square: [Z], E psi(z_i)^2.
+      effective_sample_size: [], mean over data, out of num_samples.
+      log_likelihood: [], mean log p~(y) in nats, estimated (from below, on average).
+    """
+
+    y_z: jax.Array
+    z_z: jax.Array
+    score_z: jax.Array
+    score_square: jax.Array
+    effective_sample_size: jax.Array
+    log_likelihood: jax.Array
+
+
+def pseudo_inverse(mixing: jax.Array) -> jax.Array:
+    """(A^T A)^-1 A^T for A [X, Z] with independent columns, A^T (A A^T)^-1 with independent rows: [Z, X]."""
+    if mixing.shape[0] >= mixing.shape[1]:
+        return jnp.linalg.solve(mixing.T @ mixing, mixing.T)
+    return jnp.linalg.solve(mixing @ mixing.T, mixing).T
+
+
+def importance_moments(
+    mixing: jax.Array,
+    x: jax.Array,
+    *,
+    noise_scale: jax.Array,
+    observation_scale: jax.Array,
+    source: Source,
+    num_samples: int,
+    num_spread_samples: int,
+    rows_per_draw: int,
+    chunk_size: int | None,
+    key: jax.Array,
+    with_score: bool = True,
+) -> PosteriorMoments:
+    """Moments of p(z|y), y = x + sigma epsilon, by self-normalised importance sampling.
+
+    p(z|y) is proportional to N(z; A^+ y, (sigma^2 + gamma^2) (A^T A)^-1) prod_i p(z_i). Samples come from the Gaussian
+    in antithetic pairs, so the prior is the weight. Blocks of rows are visited one after another.
+    """
+    num_rows, size = x.shape[0], mixing.shape[1]
+    pairs = -(-num_samples // 2)
+    if chunk_size is None:
+        chunk_size = max(_BLOCK_NUMBERS // (pairs * size), 1)
+    num_blocks = -(-num_rows // chunk_size)
+    groups = math.ceil(num_rows / (num_blocks * rows_per_draw))
+    edge = groups * rows_per_draw
+    # Rows n and n + 1 go to different blocks: rows laid out over devices stay where they are.
+    padded = jnp.pad(x.T, ((0, 0), (0, num_blocks * edge - num_rows)))
+    weights = (jnp.arange(num_blocks * edge) < num_rows).astype(x.dtype) / (num_rows * num_spread_samples)
+    x_blocks = jnp.moveaxis(padded.reshape(-1, edge, num_blocks), 2, 0)
+    weight_blocks = weights.reshape(edge, num_blocks).T
+    sampler = _Sampler.of(mixing, noise_scale, observation_scale, source)
+
+    def step(total, index):
+        at = index % num_blocks
+        draw = sampler.draw(x_blocks[at], pairs, groups, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, draw.moments(source, weight_blocks[at], with_score)), None
+
+    num_steps = num_blocks * num_spread_samples
+    zero = functools.partial(jnp.zeros, dtype=x.dtype)
+    start = PosteriorMoments(zero(mixing.shape), zero((size, size)), zero((size, size)), zero(size), zero(()), zero(()))
+    if num_steps == 1:
+        return step(start, 0)[0]
+    return jax.lax.scan(step, start, jnp.arange(num_steps))[0]
+
+
+def score_deviation(
+    mixing: jax.Array,
+    x: jax.Array,
+    *,
+    noise_scale: jax.Array,
+    observation_scale: jax.Array,
+    source: Source,
+    num_samples: int,
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Deviation over examples of E[psi(z) z^T|y], [Z, Z], and the mean of log p~(y)."""
+    sampler = _Sampler.of(mixing, noise_scale, observation_scale, source)
+    draw = sampler.draw(x.T, -(-num_samples // 2), x.shape[0], key)
+    z, share = draw.samples()
+    each = jnp.einsum("ink,jnk->ijn", source.score(z), share * z)
+    return jnp.std(each, axis=-1), draw.log_evidence.mean()
+
+
+# With few pairs the examples come last in every array and sums over pairs are unrolled; with many the pairs do.
+# Either way the loops run over a long last axis, and no reduction runs over another: those are tens of times slower.
+_FEW_PAIRS = 16
+_UNROLLED_SOURCES = 64
+
+
+@frozen_pytree
+class _Draw:
+    """Antithetic samples z = mean +- deviation for a block of examples.
+
+    Args:
+      y: [X, n].
+      mean: [Z, n].
+      deviation: [Z, pairs, n], or [Z, n, pairs] if there are many.
+      plus, minus: the weights of the samples, [pairs, n] or [n, pairs], summing to 1.
+      log_evidence: [n], log p~(y).
+    """
+
+    y: jax.Array
+    mean: jax.Array
+    deviation: jax.Array
+    plus: jax.Array
+    minus: jax.Array
+    log_evidence: jax.Array
+
+    @property
+    def few(self) -> bool:
+        """Whether examples come last."""
+        return self.plus.shape[0] <= _FEW_PAIRS and self.plus.shape[1] == self.y.shape[1]
+
+    def moments(self, source: Source, weight: jax.Array, with_score: bool) -> PosteriorMoments:
+        """The moments summed over examples with weights [n]; those of the score are zero if not wanted."""
+        few, size = self.few, len(self.mean)
+        total = functools.partial(_sum_pairs, few=few)
+        flat = lambda a: a.reshape(a.shape[0], -1)
+        plus, minus = self.plus * _rows(weight, few), self.minus * _rows(weight, few)
+        shift = total((plus - minus) * self.deviation)  # [Z, n]: of the posterior mean from `mean`
+        mean_weighted = self.mean * weight
+        cross = mean_weighted @ self.mean.T + shift @ self.mean.T + self.mean @ shift.T
+        score_z, score_square = jnp.zeros((size, size), weight.dtype), jnp.zeros(size, weight.dtype)
+        if with_score:
+            above = source.score(_rows(self.mean, few) + self.deviation)
+            below = source.score(_rows(self.mean, few) - self.deviation)
+            psi_plus, psi_minus = plus * above, minus * below
+            score_z = total(psi_plus + psi_minus) @ self.mean.T
+            score_z = score_z + flat(psi_plus - psi_minus) @ flat(self.deviation).T
+            score_square = total(psi_plus * above + psi_minus * below).sum(axis=1)
+        return PosteriorMoments(
+            y_z=self.y @ (mean_weighted + shift).T,
+            z_z=cross + flat((plus + minus) * self.deviation) @ flat(self.deviation).T,
+            score_z=score_z,
+            score_square=score_square,
+            effective_sample_size=weight @ (1 / total(jnp.square(self.plus) + jnp.square(self.minus))),
+            log_likelihood=weight @ self.log_evidence,
+        )
+
+    def samples(self):
+        """z [Z, n, samples] and weights [n, samples]."""
+        deviation, plus, minus = self.deviation, self.plus, self.minus
+        if self.few:
+            deviation, plus, minus = jnp.moveaxis(deviation, 1, 2), plus.T, minus.T
+        z = self.mean[:, :, None] + jnp.concatenate([deviation, -deviation], axis=2)
+        return z, jnp.concatenate([plus, minus], axis=1)
+
+
+def _rows(values, few):
+    """Values of examples, [..., n], laid out against samples."""
+    return values[..., None, :] if few else values[..., :, None]
+
+
+def _sum_pairs(values, few):
+    """Sums [..., pairs, n] or [..., n, pairs] over pairs."""
+    if few:
+        return functools.reduce(jnp.add, [values[..., k, :] for k in range(values.shape[-2])])
+    return values.sum(axis=-1)
+
+
+@frozen_pytree
+class _Sampler:
+    """What importance sampling needs of A, factorised once: A = Q R, (A^T A)^-1 = R^-1 R^-T."""
+
+    source: Source
+    noise_scale: jax.Array
+    variance: jax.Array
+    q: jax.Array
+    inverse: jax.Array  # R^-1
+    constant: jax.Array  # of log p~
+
+    @classmethod
+    def of(cls, mixing, noise_scale, observation_scale, source) -> _Sampler:
+        variance = jnp.square(noise_scale) + jnp.square(observation_scale)
+        q, r = jnp.linalg.qr(mixing)
+        inverse = jax.scipy.linalg.solve_triangular(r, jnp.eye(mixing.shape[1], dtype=mixing.dtype))
+        constant = -0.5 * (mixing.shape[0] - mixing.shape[1]) * jnp.log(2 * math.pi * variance)
+        constant = constant - jnp.log(jnp.abs(jnp.diagonal(r))).sum()
+        return cls(source, noise_scale, variance, q, inverse, constant)
+
+    def draw(self, x: jax.Array, pairs: int, groups: int, key: jax.Array) -> _Draw:
+        """Spreads x [X, n] to y and samples p(z|y); the n / groups examples of a group share normal draws."""
+        size, count = self.inverse.shape[0], x.shape[1]
+        few = pairs <= _FEW_PAIRS
+        noise_key, draw_key = jax.random.split(key)
+        y = x + self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
+        inside = self.q.T @ y
+        mean = self.inverse @ inside
+        deviation = (
+            jnp.sqrt(self.variance) * self.inverse @ jax.random.normal(draw_key, (size, pairs * groups), x.dtype)
+        )
+        shape = (size, pairs, groups, 1) if few else (size, groups, 1, pairs)
+        deviation = deviation.reshape(shape)
+        if groups < count:
+            deviation = jnp.broadcast_to(deviation, _with(shape, 3 if few else 2, count // groups))
+        deviation = deviation.reshape((size, pairs, count) if few else (size, count, pairs))
+        centre = _rows(mean, few)
+        plus = self._log_prior(centre, deviation, 1)
+        minus = self._log_prior(centre, deviation, -1)
+        top = jnp.maximum(plus, minus).max(axis=0 if few else 1)
+        plus, minus = jnp.exp(plus - _rows(top, few)), jnp.exp(minus - _rows(top, few))
+        total = _sum_pairs(plus + minus, few)
+        outside = jnp.square(y).sum(axis=0) - jnp.square(inside).sum(axis=0)
+        log_evidence = top + jnp.log(total / (2 * pairs)) - 0.5 * jnp.maximum(outside, 0) / self.variance
+        share = _rows(1 / total, few)
+        return _Draw(y, mean, deviation, plus * share, minus * share, log_evidence + self.constant)
+
+    def _log_prior(self, centre, deviation, sign):
+        log_prob = lambda i: self.source.log_prob(centre[i] + sign * deviation[i])
+        if len(deviation) > _UNROLLED_SOURCES:
+            return log_prob(slice(None)).sum(axis=0)
+        return functools.reduce(jnp.add, map(log_prob, range(len(deviation))))
+
+
+def _with(shape, axis, length):
+    return (*shape[:axis], length, *shape[axis + 1 :])
+
+
+def gibbs_sweep(
+    mixing: jax.Array, z: jax.Array, y: jax.Array, *, variance: jax.Array, source, key: jax.Array
+) -> jax.Array:
+    """One blocked Gibbs sweep over scales and sources: z given tau^2 given z, for p(z|y) with y = A z + noise.
+
+    A source that is a scale mixture of Gaussians draws tau^2 given z; then z given tau^2 is Gaussian and is drawn
+    exactly, by conditioning a draw from its prior on y.
+
+    Args:
+      z: [Z, N], the chains.
+      y: [X, N].
+      variance: of the noise.
+
+    Returns:
+      [Z, N].
+    """
+    scale_key, prior_key, noise_key = jax.random.split(key, 3)
+    tau2 = source.conditional_variance(z, key=scale_key)
+    prior = jnp.sqrt(tau2) * jax.random.normal(prior_key, z.shape, z.dtype)
+    noise = jnp.sqrt(variance) * jax.random.normal(noise_key, y.shape, y.dtype)
+    size = mixing.shape[0]
+    outer = (mixing[:, None, :] * mixing[None, :, :]).reshape(size * size, -1)
+    covariance = (outer @ tau2).reshape(size, size, -1) + variance * jnp.eye(size, dtype=z.dtype)[:, :, None]
+    return prior + tau2 * (mixing.T @ solve_positive(covariance, y - mixing @ prior - noise))
+
+
+# Above this size the unrolled elimination compiles slowly and LAPACK's call per matrix no longer dominates.
+_UNROLLED = 32
+
+
+def solve_positive(matrices: jax.Array, right: jax.Array) -> jax.Array:
+    """Solves N symmetric positive systems laid out [X, X, N] and [X, N], elimination vectorised over N."""
+    size = matrices.shape[0]
+    if size > _UNROLLED:
+        factor = jnp.linalg.cholesky(jnp.moveaxis(matrices, -1, 0))
+        return jax.scipy.linalg.cho_solve((factor, True), right.T[..., None])[..., 0].T
+    pivots, columns, values = [], [], []
+    for _ in range(size):
+        pivot, column = matrices[0, 0], matrices[1:, 0] / matrices[0, 0]
+        values.append(right[0])
+        right = right[1:] - column * right[0]
+        matrices = matrices[1:, 1:] - column[:, None] * matrices[0, 1:]
+        pivots.append(pivot)
+        columns.append(column)
+    solution = jnp.zeros((0, *values[0].shape), values[0].dtype)
+    for pivot, column, value in zip(reversed(pivots), reversed(columns), reversed(values), strict=True):
+        solution = jnp.concatenate([(value / pivot - (column * solution).sum(axis=0))[None], solution])
+    return solution

@@ -1,0 +1,640 @@
+r"""Independent component analysis of x = A z: deterministic, so its likelihood is zero off the span of A.
+
+Spread both sides with sigma epsilon and it is defined: p~(y) is the density of A z + sigma epsilon. Four ways to use
+it, from the paper's EM to a closed form, and Gibbs sampling for more sources than dimensions:
+
+  em                standard EM, for data with observation noise gamma > 0 of known scale
+  spread_em         the paper's EM on spread data
+  natural_gradient  the same E-step, and a step along the Fisher-preconditioned gradient of log p~
+  closed_form       the score of one spread source in closed form; a fixed point, then relative Newton
+  gibbs             natural gradient with Gibbs chains, for overcomplete models
+
+To first order both EMs make the same step, A+ = A + s^2 A (A^T A)^-1 (E[psi(u) u^T] - I) C^-1 with s the total noise,
+C the covariance of u = A^+ y and psi the source's score. So standard EM freezes as gamma -> 0, and spread EM at an
+equally small sigma freezes too. Spreading the data allows a large sigma without a bias of the scale of A; the other
+methods do not freeze at any sigma.
+
+Conventions: x is [N, X], A is [X, Z], sources have unit variance, Z <= X unless the method is gibbs.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from spread_jax._checks import check_batch, check_count, check_samples
+from spread_jax._pytree import frozen_pytree
+from spread_jax.linear import _closed_form
+from spread_jax.linear._sampling import (
+    PosteriorMoments,
+    gibbs_sweep,
+    importance_moments,
+    pseudo_inverse,
+    score_deviation,
+)
+from spread_jax.linear.sources import LaplaceSource, Source, as_source
+
+__all__ = [
+    "IcaResult",
+    "PosteriorMoments",
+    "em_step",
+    "fit",
+    "gibbs_step",
+    "natural_gradient_step",
+    "paper_noise_scale",
+    "posterior_moments",
+]
+
+METHODS = ("auto", "closed_form", "natural_gradient", "spread_em", "em", "gibbs")
+_ITERATIONS = {"closed_form": 200, "natural_gradient": 80, "spread_em": 500, "em": 500, "gibbs": 1100}
+_SAMPLES = {"natural_gradient": 8, "spread_em": 1000, "em": 1000}
+# EM steps between two looks at the gradient, and those that a look averages over.
+_BETWEEN_LOOKS, _LOOK = 35, 15
+_LOOK_ROWS, _LOOK_SAMPLES = 2048, 64  # of the deviations that the gradient is measured in
+
+
+@frozen_pytree
+class IcaResult:
+    """An estimate x = mean + A z.
+
+    Args:
+      mixing: [X, Z], A, in units of x; sources have unit variance under the model.
+      unmixing: [Z, X], the pseudo-inverse of A: z = (x - mean) @ unmixing.T.
+      mean: [X].
+      noise_scale: the spread noise used: [] in units of x, or [Z] in units of a source for closed_form.
+      num_iterations: [], steps taken.
+      converged: [], whether the gradient of the spread likelihood vanished to tolerance, not merely whether the
+        steps became small: the steps of EM do so without it.
+      residual: [], what was compared with the tolerance.
+    """
+
+    mixing: jax.Array
+    unmixing: jax.Array
+    mean: jax.Array
+    noise_scale: jax.Array
+    num_iterations: jax.Array
+    converged: jax.Array
+    residual: jax.Array
+
+
+def paper_noise_scale(mixing: jax.Array) -> jax.Array:
+    """The paper's rule sigma = max(0.001, 2.5 sqrt(mean(A A^T))), the mean over all entries.
+
+    Args:
+      mixing: [X, Z], A.
+
+    Returns:
+      [], in units of x.
+
+    Source: Zhang et al., Spread Divergence, ICML 2020, section on deterministic ICA.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> print(paper_noise_scale(jnp.ones((4, 1))))
+      2.5
+    """
+    mixing = check_batch("mixing", mixing)
+    # The mean over entries of A A^T is a squared length.
+    return jnp.maximum(0.001, 2.5 * jnp.linalg.norm(mixing.sum(axis=0)) / mixing.shape[0])
+
+
+def posterior_moments(
+    mixing: jax.Array,
+    x: jax.Array,
+    *,
+    noise_scale: float | jax.Array = 0.0,
+    observation_scale: float | jax.Array = 0.0,
+    source: str | Source | Callable[[jax.Array], jax.Array] = "laplace",
+    num_samples: int = 1000,
+    num_spread_samples: int = 1,
+    rows_per_draw: int = 1,
+    chunk_size: int | None = None,
+    key: jax.Array,
+) -> PosteriorMoments:
+    r"""The E-step: averages over y = x + sigma epsilon and p(z|y) by self-normalised importance sampling.
+
+    p(z|y) is proportional to N(z; A^+ y, (sigma^2 + gamma^2)(A^T A)^-1) prod_i p(z_i). Samples come from the Gaussian
+    in antithetic pairs; N x samples x Z numbers are never held, only a block of them.
+
+    Args:
+      mixing: [X, Z], A, with Z <= X.
+      x: [N, X], centred data.
+      noise_scale: sigma >= 0, the spread noise added to x, in units of x.
+      observation_scale: gamma >= 0, noise that x is known to hold already. sigma and gamma must not both be 0.
+      source: the law of a source, see `sources.as_source`.
+      num_samples: of z for each y (made even).
+      num_spread_samples: of y for each x.
+      rows_per_draw: how many rows share the same standard normal draws: more rows cost fewer random numbers, and
+        make the errors of those rows dependent.
+      chunk_size: rows handled at once; by default about 2^19 numbers.
+      key: a JAX random key.
+
+    Returns:
+      A PosteriorMoments.
+
+    Raises:
+      TypeError, ValueError: arrays that do not fit, or counts below one.
+
+    Source: Zhang et al., Spread Divergence, ICML 2020, appendix on deterministic ICA.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jax.random.laplace(jax.random.key(0), (500, 2)) / 2**0.5
+      >>> moments = posterior_moments(jnp.eye(2), x, noise_scale=0.1, num_samples=8, key=jax.random.key(1))
+      >>> print(bool(jnp.abs(moments.score_z - jnp.eye(2)).max() < 0.3))
+      True
+    """
+    mixing, x = _check_model(mixing, x)
+    if mixing.shape[1] > mixing.shape[0]:
+        raise ValueError(
+            f"mixing must have at most as many columns as rows for importance sampling, got shape {mixing.shape}; "
+            f"use gibbs_step for more sources than dimensions."
+        )
+    return importance_moments(
+        mixing,
+        x,
+        noise_scale=jnp.asarray(noise_scale, x.dtype),
+        observation_scale=jnp.asarray(observation_scale, x.dtype),
+        source=as_source(source),
+        num_samples=check_count("num_samples", num_samples),
+        num_spread_samples=check_count("num_spread_samples", num_spread_samples),
+        rows_per_draw=check_count("rows_per_draw", rows_per_draw),
+        chunk_size=None if chunk_size is None else check_count("chunk_size", chunk_size),
+        key=key,
+    )
+
+
+def em_step(mixing: jax.Array, x: jax.Array, *, key: jax.Array, **e_step) -> jax.Array:
+    r"""One EM step, A <- E[y z^T] E[z z^T]^-1.
+
+    Standard EM has noise_scale 0 and the known observation_scale gamma; the paper's has noise_scale sigma > 0.
+
+    Args:
+      mixing: [X, Z], A.
+      x: [N, X], centred data.
+      key: a JAX random key.
+      **e_step: as for `posterior_moments`.
+
+    Returns:
+      [X, Z], the new A.
+
+    Source: Zhang et al., Spread Divergence, ICML 2020, appendix on deterministic ICA.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jax.random.laplace(jax.random.key(0), (500, 2)) / 2**0.5
+      >>> mixing = em_step(jnp.eye(2), x, noise_scale=0.5, num_samples=64, key=jax.random.key(1))
+      >>> print(mixing.shape)
+      (2, 2)
+    """
+    return _em_update(posterior_moments(mixing, x, key=key, **e_step))
+
+
+def natural_gradient_step(
+    mixing: jax.Array,
+    x: jax.Array,
+    *,
+    step_size: float | jax.Array = 1.0,
+    num_samples: int = 8,
+    key: jax.Array,
+    **e_step,
+) -> jax.Array:
+    r"""One natural-gradient step on log p~, A <- A + eta A M + (I - A A^+) A_EM.
+
+    The relative gradient is F = E[psi(z) z^T] - I. M is F preconditioned by the Fisher information of independent
+    sources, which couples (i, j) with (j, i) only: M_ij = (h_j F_ij - F_ji) / (h_i h_j - 1), h_i = E psi(z_i)^2. The
+    last term is the EM step of the span of A, which needs no step size.
+
+    Args:
+      mixing: [X, Z], A.
+      x: [N, X], centred data.
+      step_size: eta, of (0, 1].
+      num_samples: of z for each y.
+      key: a JAX random key.
+      **e_step: as for `posterior_moments`.
+
+    Returns:
+      [X, Z], the new A.
+
+    Source: S. Amari, Natural gradient works efficiently in learning, Neural Computation 10, 1998; Zhang et al., Spread
+      Divergence, ICML 2020, for the E-step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> x = jax.random.laplace(jax.random.key(0), (500, 2)) / 2**0.5
+      >>> mixing = natural_gradient_step(jnp.eye(2), x, noise_scale=0.1, key=jax.random.key(1))
+      >>> print(mixing.shape)
+      (2, 2)
+    """
+    moments = posterior_moments(mixing, x, num_samples=num_samples, key=key, **e_step)
+    return _natural_update(jnp.asarray(mixing), moments, step_size)
+
+
+def gibbs_step(
+    mixing: jax.Array,
+    z: jax.Array,
+    y: jax.Array,
+    *,
+    noise_scale: float | jax.Array,
+    step_size: float | jax.Array = 0.5,
+    source: str | Source = "laplace",
+    key: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    r"""A Gibbs sweep of every chain z ~ p(z|y), then A <- A + eta A (E[psi(z) z^T] - I); X < Z is allowed.
+
+    Args:
+      mixing: [X, Z], A.
+      z: [N, Z], one chain for each example, kept from step to step.
+      y: [N, X], spread data; kept too, as it is what the chains are conditioned on.
+      noise_scale: total standard deviation of the model's noise, > 0, in units of x.
+      step_size: eta.
+      source: "laplace", "student_t" or "bernoulli_gauss": scale mixtures of Gaussians.
+      key: a JAX random key.
+
+    Returns:
+      (A, z).
+
+    Raises:
+      ValueError: for a source that is no scale mixture, or arrays that do not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> z = jax.random.laplace(jax.random.key(0), (500, 3)) / 2**0.5
+      >>> mixing = jnp.array([[1.0, 0.0, 0.7], [0.0, 1.0, 0.7]])
+      >>> mixing, z = gibbs_step(mixing, z, z @ mixing.T, noise_scale=0.1, key=jax.random.key(1))
+      >>> print(mixing.shape, z.shape)
+      (2, 3) (500, 3)
+    """
+    mixing, y = _check_model(mixing, y, name="y")
+    z = check_batch("z", z)
+    if z.shape != (y.shape[0], mixing.shape[1]):
+        raise ValueError(f"z must have shape {(y.shape[0], mixing.shape[1])}, one chain for each y, got {z.shape}.")
+    source = _check_scale_mixture(as_source(source))
+    variance = jnp.square(jnp.asarray(noise_scale, y.dtype))
+    mixing, columns, _ = _gibbs_update(mixing, z.T, y.T, variance, source, step_size, key)
+    return mixing, columns.T
+
+
+def fit(
+    x: jax.Array,
+    num_sources: int | None = None,
+    *,
+    method: str = "auto",
+    source: str | Source | Callable[[jax.Array], jax.Array] = "auto",
+    noise_scale: float | jax.Array | None = None,
+    observation_scale: float | jax.Array = 0.0,
+    num_samples: int | None = None,
+    num_spread_samples: int = 1,
+    rows_per_draw: int = 1,
+    max_iterations: int | None = None,
+    tolerance: float | None = None,
+    num_restarts: int = 1,
+    key: jax.Array,
+) -> IcaResult:
+    r"""Estimates A of x = mean + A z, z independent with unit variance, by a spread likelihood.
+
+    Pure and differentiable code under jit and vmap; checks of the numbers in x happen where x is concrete.
+
+    Args:
+      x: [N, X], data, float32 or float64.
+      num_sources: Z; X if not given. More than X makes the model overcomplete.
+      method: "closed_form" (the default "auto" for Z <= X), "natural_gradient", "spread_em", "em" or "gibbs" (the
+        default for Z > X).
+      source: the law of a source: "auto", a name, a `Source`, or a log-density. With "auto", closed_form uses the
+        Laplace law's score at the spread scale which suits each source best, and scales sources to unit variance
+        unless the Laplace law holds; the other methods take it for "laplace".
+      noise_scale: sigma. For closed_form in units of a source, chosen from the data if not given. For the others in
+        units of x: by default 0.2 (natural_gradient) or 0.1 (gibbs) root-mean-square entries of A, the paper's rule
+        from the current A (spread_em).
+      observation_scale: gamma, standard deviation of noise that x is known to hold, in units of x.
+      num_samples: of z for each y in importance sampling; 8 for natural_gradient, 1000 for EM.
+      num_spread_samples: of y for each x.
+      rows_per_draw: as in `posterior_moments`.
+      max_iterations: most steps; 200, 80, 500, 500 or 1100 in the order of the methods above.
+      tolerance: closed_form stops when no entry of a relative step exceeds it (1e-5). EM stops, and every sampling
+        method is called converged, when no entry of the relative gradient exceeds it, in standard deviations over
+        examples (0.01).
+      num_restarts: random starts, run side by side by vmap; the best likelihood (contrast, for closed_form) is kept.
+      key: a JAX random key.
+
+    Returns:
+      An IcaResult.
+
+    Raises:
+      TypeError: if x is not floating point.
+      ValueError: for shapes, names and numbers that cannot work; concrete data that are not finite or whose rank
+        is below num_sources.
+
+    Source: Zhang et al., Spread Divergence, ICML 2020, section on deterministic ICA; A. Hyvarinen, FastICA, 1999,
+      for the fixed point; J.-F. Cardoso and B. Laheld, 1996, for relative steps.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> z = jax.random.laplace(jax.random.key(0), (2000, 2)) / 2**0.5
+      >>> result = fit(z @ jnp.array([[1.0, 1.0], [0.0, 1.0], [1.0, -1.0]]).T, 2, key=jax.random.key(1))
+      >>> print(result.mixing.shape, bool(result.converged))
+      (3, 2) True
+    """
+    x = check_samples("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"x must have shape [N, X], got {x.shape}.")
+    size = x.shape[1] if num_sources is None else check_count("num_sources", num_sources)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, got {method!r}.")
+    if method == "auto":
+        method = "closed_form" if size <= x.shape[1] else "gibbs"
+    if method != "gibbs" and size > x.shape[1]:
+        raise ValueError(
+            f"num_sources must be at most {x.shape[1]}, the dimensions of x, for method {method!r}, got {size}; "
+            f"method 'gibbs' fits more."
+        )
+    directions = min(size, x.shape[1])
+    if x.shape[0] <= directions:
+        raise ValueError(f"x must have more than {directions} rows to fit {size} sources, got {x.shape[0]}.")
+    if method == "em" and isinstance(observation_scale, (int, float)) and not observation_scale > 0:
+        raise ValueError(
+            f"observation_scale must be positive for method 'em', got {observation_scale}: without noise the "
+            f"likelihood is zero and EM does not move; use 'spread_em' or 'closed_form'."
+        )
+    for name, value in (("noise_scale", noise_scale), ("observation_scale", observation_scale)):
+        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
+            raise ValueError(f"{name} must not be negative, and finite, got {value}.")
+    known_law = source != "auto" if isinstance(source, str) else True
+    source = as_source(source) if known_law else LaplaceSource()
+    if method == "gibbs":
+        _check_scale_mixture(source)
+        if num_restarts != 1:
+            raise ValueError("num_restarts must be 1 for method 'gibbs', whose chains have no likelihood to compare.")
+    options = {
+        "method": method,
+        "num_sources": size,
+        "observed": not (isinstance(observation_scale, (int, float)) and observation_scale == 0),
+        "known_law": known_law,
+        "num_restarts": check_count("num_restarts", num_restarts),
+        "num_samples": check_count("num_samples", _SAMPLES.get(method, 1) if num_samples is None else num_samples),
+        "num_spread_samples": check_count("num_spread_samples", num_spread_samples),
+        "rows_per_draw": check_count("rows_per_draw", rows_per_draw),
+        "max_iterations": check_count("max_iterations", max_iterations or _ITERATIONS[method]),
+        "tolerance": (1e-5 if method == "closed_form" else 0.01) if tolerance is None else tolerance,
+    }
+    result, variances = _fit(x, source, noise_scale, observation_scale, key, **options)
+    if not isinstance(variances, jax.core.Tracer) and variances.is_fully_addressable:
+        _check_rank(np.asarray(variances), directions)
+    return result
+
+
+def _check_rank(variances, directions):
+    floor = np.finfo(variances.dtype).eps * max(len(variances), 8) * variances[0]
+    rank = int((variances > floor).sum())
+    if rank < directions:
+        raise ValueError(
+            f"num_sources must be at most the rank of x, which is {rank}, got {directions}: columns of x are constant "
+            f"or depend linearly on others."
+        )
+
+
+def _check_model(mixing, x, name="x"):
+    mixing, x = check_batch("mixing", mixing), check_batch(name, x)
+    if x.ndim != 2 or mixing.ndim != 2 or mixing.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"{name} must have shape [N, X] and mixing [X, Z], got {name} {x.shape} and mixing {mixing.shape}."
+        )
+    return mixing.astype(x.dtype), x
+
+
+def _check_scale_mixture(source):
+    if not hasattr(source, "conditional_variance"):
+        raise ValueError(
+            f"source must be a scale mixture of Gaussians for Gibbs sampling (Laplace, Student-t or Bernoulli-Gauss), "
+            f"got {type(source).__name__}."
+        )
+    return source
+
+
+def _em_update(moments):
+    return jnp.linalg.solve(moments.z_z, moments.y_z.T).T
+
+
+def _natural_update(mixing, moments, step_size):
+    size = mixing.shape[1]
+    eye = jnp.eye(size, dtype=mixing.dtype)
+    f = moments.score_z - eye
+    h = moments.score_square
+    # h_i >= 1 with equality for a Gaussian source; the bound keeps steps short where sources are nearly so.
+    m = (h[None, :] * f - f.T) / jnp.maximum(h[:, None] * h[None, :] - 1, 0.2)
+    m = jnp.where(eye > 0, f, m)
+    m = m * jnp.minimum(1, 0.3 / jnp.maximum(jnp.abs(m).max(), 1e-30))
+    q, _ = jnp.linalg.qr(mixing)
+    span = _em_update(moments)
+    return mixing + step_size * (mixing @ m) + span - q @ (q.T @ span)
+
+
+def _gibbs_update(mixing, z, y, variance, source, step_size, key):
+    z = gibbs_sweep(mixing, z, y, variance=variance, source=source, key=key)
+    f = source.score(z) @ z.T / z.shape[1] - jnp.eye(z.shape[0], dtype=z.dtype)
+    step = step_size * f
+    step = step * jnp.minimum(1, 0.3 / jnp.maximum(jnp.abs(step).max(), 1e-30))
+    return mixing + mixing @ step, z, f
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "method",
+        "num_sources",
+        "observed",
+        "known_law",
+        "num_restarts",
+        "num_samples",
+        "num_spread_samples",
+        "rows_per_draw",
+        "max_iterations",
+        "tolerance",
+    ),
+)
+def _fit(x, source, noise_scale, observation_scale, key, *, method, num_sources, observed, known_law, **options):
+    observation_scale = jnp.asarray(observation_scale, x.dtype)
+    directions = min(num_sources, x.shape[1])
+    whitened = _closed_form.whiten(x, directions, observation_scale)
+    if method == "closed_form":
+        names = ("num_restarts", "max_iterations", "tolerance")
+        found = _closed_form.fit(
+            whitened,
+            source,
+            noise_scale,
+            observation_scale,
+            key,
+            known_law=known_law,
+            observed=observed,
+            **{name: options[name] for name in names},
+        )
+        return _result(found, whitened.mean, options["tolerance"]), whitened.variances
+    mean, from_white = whitened.mean, whitened.from_white
+    start_key, key = jax.random.split(key)
+    typical = jnp.sqrt(jnp.square(from_white).sum() / (x.shape[1] * num_sources))
+
+    def one(start_key, key):
+        # A A^T is the covariance of the signal, up to a random rotation.
+        turn = _closed_form.polar(jax.random.normal(start_key, (directions, num_sources), x.dtype))
+        start = from_white @ turn
+        if method == "gibbs":
+            scale = 0.1 * typical if noise_scale is None else jnp.asarray(noise_scale, x.dtype)
+            return _fit_gibbs(x - mean, start, source, scale, observation_scale, key, **options)
+        scale = noise_scale
+        if scale is None and method == "natural_gradient":
+            scale = 0.2 * typical
+        run = _fit_natural if method == "natural_gradient" else _fit_em
+        scale = 0.0 if method == "em" else scale
+        return run(x - mean, start, source, scale, observation_scale, key, **options)
+
+    num_restarts = options["num_restarts"]
+    keys = jax.random.split(start_key, num_restarts), jax.random.split(key, num_restarts)
+    if num_restarts == 1:
+        found = one(keys[0][0], keys[1][0])
+    else:
+        found = jax.vmap(one)(*keys)
+        found = jax.tree.map(lambda a: a[jnp.argmax(found["log_likelihood"])], found)
+    found["unmixing"] = pseudo_inverse(found["mixing"])
+    return _result(found, mean, options["tolerance"]), whitened.variances
+
+
+def _result(found, mean, tolerance):
+    return IcaResult(
+        mixing=found["mixing"],
+        unmixing=found["unmixing"],
+        mean=mean,
+        noise_scale=found["noise_scale"],
+        num_iterations=found["num_iterations"],
+        converged=found["residual"] <= tolerance,
+        residual=found["residual"],
+    )
+
+
+def _residual(gradient, mixing, x, noise_scale, observation_scale, source, key):
+    """Largest entry of the relative gradient in standard deviations over examples, and the mean of log p~."""
+    deviation, log_likelihood = score_deviation(
+        mixing,
+        x[:: max(x.shape[0] // _LOOK_ROWS, 1)],
+        noise_scale=noise_scale,
+        observation_scale=observation_scale,
+        source=source,
+        num_samples=_LOOK_SAMPLES,
+        key=key,
+    )
+    return jnp.max(jnp.abs(gradient) / deviation), log_likelihood
+
+
+def _fit_natural(x, start, source, noise_scale, observation_scale, key, *, max_iterations, **options):
+    """Full steps, then shorter ones; the mean of the last tenth."""
+    noise_scale = jnp.asarray(noise_scale, x.dtype)
+    e_step = _e_step(x, source, observation_scale, key, options)
+    last = max(max_iterations // 10, 1)
+    eye = jnp.eye(start.shape[1], dtype=x.dtype)
+
+    def step(carry, t):
+        mixing, mean, gradient = carry
+        moments = e_step(mixing, noise_scale, t)
+        step_size = jnp.where(t < 0.5 * max_iterations, 1.0, jnp.where(t < 0.75 * max_iterations, 0.3, 0.1))
+        mixing = _natural_update(mixing, moments, step_size.astype(x.dtype))
+        share = jnp.where(t < max_iterations - last, 0, 1 / last).astype(x.dtype)
+        return (mixing, mean + share * mixing, gradient + share * (moments.score_z - eye)), None
+
+    carry = (start, jnp.zeros_like(start), jnp.zeros_like(eye))
+    (_, mixing, gradient), _ = jax.lax.scan(step, carry, jnp.arange(max_iterations))
+    residual, log_likelihood = _residual(gradient, mixing, x, noise_scale, observation_scale, source, key)
+    return {
+        "mixing": mixing,
+        "noise_scale": noise_scale,
+        "num_iterations": jnp.asarray(max_iterations),
+        "residual": residual,
+        "log_likelihood": log_likelihood,
+    }
+
+
+def _fit_em(x, start, source, noise_scale, observation_scale, key, *, max_iterations, tolerance, **options):
+    """Steps until the gradient, averaged over a few of them at a time, vanishes; the mean of those few."""
+    e_step = _e_step(x, source, observation_scale, key, options)
+    scale_of = paper_noise_scale if noise_scale is None else lambda mixing: jnp.asarray(noise_scale, x.dtype)
+    look = min(_LOOK, max_iterations)
+    between = min(_BETWEEN_LOOKS, max_iterations - look)
+
+    def step(mixing, t, with_score=False):
+        moments = e_step(mixing, scale_of(mixing), t, with_score)
+        mixing = _em_update(moments)
+        return mixing, (mixing, moments.score_z)
+
+    def body(carry):
+        mixing, _, t, _, _ = carry
+        mixing, _ = jax.lax.scan(lambda mixing, t: (step(mixing, t)[0], None), mixing, t + jnp.arange(between))
+        scored = functools.partial(step, with_score=True)
+        mixing, (path, score_z) = jax.lax.scan(scored, mixing, t + between + jnp.arange(look))
+        mean = path.mean(axis=0)
+        gradient = score_z.mean(axis=0) - jnp.eye(mixing.shape[1], dtype=x.dtype)
+        look_key = jax.random.fold_in(key, t)
+        measured = _residual(gradient, mean, x, scale_of(mean), observation_scale, source, look_key)
+        return mixing, mean, t + between + look, *measured
+
+    infinite = jnp.asarray(jnp.inf, x.dtype)
+    carry = (start, start, jnp.asarray(0), infinite, -infinite)
+    going = lambda carry: (carry[3] > tolerance) & (carry[2] + between + look <= max_iterations)
+    _, mixing, t, residual, log_likelihood = jax.lax.while_loop(going, body, carry)
+    return {
+        "mixing": mixing,
+        "noise_scale": scale_of(mixing),
+        "num_iterations": t,
+        "residual": residual,
+        "log_likelihood": log_likelihood,
+    }
+
+
+def _e_step(x, source, observation_scale, key, options):
+    names = ("num_samples", "num_spread_samples", "rows_per_draw")
+    draws = {name: options[name] for name in names}
+
+    def e_step(mixing, noise_scale, t, with_score=True):
+        return importance_moments(
+            mixing,
+            x,
+            noise_scale=noise_scale,
+            observation_scale=observation_scale,
+            source=source,
+            chunk_size=None,
+            key=jax.random.fold_in(key, t),
+            with_score=with_score,
+            **draws,
+        )
+
+    return e_step
+
+
+def _fit_gibbs(x, start, source, noise_scale, observation_scale, key, *, max_iterations, **_):
+    """Chains kept from step to step; the mean over the last fifth of shorter steps."""
+    noise_key, chain_key, key = jax.random.split(key, 3)
+    y = (x + noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)).T
+    variance = jnp.square(noise_scale) + jnp.square(observation_scale)
+    z = pseudo_inverse(start) @ y + 0.1 * jax.random.normal(chain_key, (start.shape[1], x.shape[0]), x.dtype)
+    last = max(max_iterations // 5, 1)
+
+    def step(carry, t):
+        mixing, z, mean, gradient = carry
+        step_size = jnp.where(t < max_iterations - last, 0.5, 0.1).astype(x.dtype)
+        mixing, z, f = _gibbs_update(mixing, z, y, variance, source, step_size, jax.random.fold_in(key, t))
+        share = jnp.where(t < max_iterations - last, 0, 1 / last).astype(x.dtype)
+        return (mixing, z, mean + share * mixing, gradient + share * f), None
+
+    carry = (start, z, jnp.zeros_like(start), jnp.zeros((start.shape[1],) * 2, x.dtype))
+    (_, z, mixing, gradient), _ = jax.lax.scan(step, carry, jnp.arange(max_iterations))
+    # Independent sources: the entries of psi(z) z^T have second moments E psi^2 E z^2.
+    deviation = jnp.sqrt(jnp.square(source.score(z)).mean(axis=1)[:, None] * jnp.square(z).mean(axis=1))
+    return {
+        "mixing": mixing,
+        "noise_scale": noise_scale,
+        "num_iterations": jnp.asarray(max_iterations),
+        "residual": jnp.max(jnp.abs(gradient) / deviation),
+        "log_likelihood": jnp.zeros((), x.dtype),
+    }
