@@ -133,7 +133,7 @@ class LogisticSource(_Source):
     Example:
       >>> import jax.numpy as jnp
       >>> print(LogisticSource().score(jnp.array([1.0])).round(4))
-      [1.3062]
+      [1.3053]
     """
 
     def log_prob(self, z: jax.Array) -> jax.Array:
@@ -212,7 +212,7 @@ class BernoulliGaussSource(_Source):
     Example:
       >>> import jax.numpy as jnp
       >>> print(BernoulliGaussSource(0.5, 0.1).spread_log_prob(jnp.zeros(1), 1.0).round(4))
-      [-1.156]
+      [-1.1589]
     """
 
     probability: float | jax.Array = 0.2
