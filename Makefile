@@ -7,7 +7,7 @@ CELEBA ?= celeb_a
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample deltas bias manifold pca test test-fast lint format package clean
+.PHONY: help demo train-celeba sample deltas bias manifold pca ica bench-ica test test-fast lint format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,12 @@ manifold: $(VENV)/.train ## A generator of two latents recovers a curved sheet i
 
 pca: $(VENV)/.train ## EM freezes at small noise, spreading lets it be large without bias: exact rates; a figure in half a minute
 	$(RUN) -m experiments.pca $(ARGS)
+
+ica: $(VENV)/.data ## ICA without noise: EM freezes, three methods do not: PRESET=small|overcomplete|images|audio|published
+	$(RUN) -m experiments.ica --preset $(PRESET) $(ARGS)
+
+bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and times; about 6 minutes on an idle machine
+	$(RUN) -m benchmarks.ica $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)

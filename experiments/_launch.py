@@ -152,13 +152,16 @@ def require_positive(config, *names: str) -> None:
             raise UsageError(f"--{name.replace('_', '-')} must be positive and finite, got {value}.")
 
 
-def run_once(config, compute: Callable[[RunDirectory, Callable[..., None]], Mapping]) -> int:
-    """An experiment too short to resume: opens its folder, computes, writes and prints the results.
+def run_once(
+    config, compute: Callable[[RunDirectory, Callable[..., None]], Mapping], *, keep_metrics: bool = False
+) -> int:
+    """An experiment without checkpoints: opens its folder, computes, writes and prints the results.
 
     Args:
       config: has `preset`, `seed`, `workdir` and `quiet`; the folder is runs/NAME/<preset>-<seed> unless
         `workdir` is given, NAME being the module of the config.
       compute: (run directory, say) -> the results; what belongs to every result is added here.
+      keep_metrics: whether metrics logged before an interruption stay, for `compute` to resume from.
     """
     from spread_jax.training import RunDirectory
 
@@ -170,7 +173,8 @@ def run_once(config, compute: Callable[[RunDirectory, Callable[..., None]], Mapp
             say(f"{workdir} is finished; give another --seed or --workdir to run again.")
             print_result(run.results)
             return 0
-        run.truncate_metrics(0)
+        if not keep_metrics:
+            run.truncate_metrics(0)
         began, busy = time.perf_counter(), time.process_time()
         found = compute(run, say)
         results = {
