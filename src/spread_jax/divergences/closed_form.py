@@ -17,6 +17,7 @@ from spread_jax.noise import (
     SpreadNoise,
     TransformedNoise,
 )
+from spread_jax.noise._product import fit_event
 
 __all__ = [
     "spread_chi_squared_deltas",
@@ -276,19 +277,26 @@ def _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise):
     ):
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit mean_p, got {value.shape}.")
+    spread = gaussian_noise_covariance(noise, "mean_p", mean_p)
+    return mean_p - mean_q, cov_p + spread, cov_q + spread
+
+
+def gaussian_noise_covariance(noise, name, mean):
+    """C, [X, X], of Gaussian or low-rank Gaussian noise on events of the shape of `mean`, [X]."""
     if not isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
         raise TypeError(
             f"noise must be GaussianNoise or LowRankGaussianNoise for Gaussians to stay Gaussian, got "
-            f"{type(noise).__name__}; estimate with spread_divergence instead."
+            f"{type(noise).__name__}; estimate from samples instead."
         )
-    variances = jnp.square(jnp.broadcast_to(jnp.asarray(noise.scale, mean_p.dtype), (size,)))
-    spread = jnp.diag(variances)
+    (size,) = mean.shape
+    scale = fit_event("scale", noise.scale, mean[None])
+    covariance = jnp.diag(jnp.square(jnp.broadcast_to(scale, (size,))))
     if isinstance(noise, LowRankGaussianNoise):
-        factor = jnp.asarray(noise.factor, mean_p.dtype)
+        factor = jnp.asarray(noise.factor, mean.dtype)
         if factor.shape[:-1] != (size,):
-            raise ValueError(f"factor must have shape ({size}, R) to fit mean_p, got {factor.shape}.")
-        spread = spread + factor @ factor.T
-    return mean_p - mean_q, cov_p + spread, cov_q + spread
+            raise ValueError(f"factor must have shape ({size}, R) to fit {name}, got {factor.shape}.")
+        covariance = covariance + factor @ factor.T
+    return covariance
 
 
 def _no_closed_form(what, noise):

@@ -20,9 +20,10 @@ class Estimate(NamedTuple):
     """A Monte-Carlo estimate.
 
     Attributes:
-      value: scalar, in nats where the divergence is in nats.
-      standard_error: scalar, the standard deviation of `value` over keys, as estimated from its own draws.
-        The draws are spread evenly over the samples, which can only lower the true one below this.
+      value: scalar, in nats where the divergence is in nats; a matrix for a Fisher information.
+      standard_error: of the shape of `value`, the standard deviation of `value` over keys, as estimated from
+        its own draws. The draws are spread evenly over the samples, which can only lower the true one below
+        this.
     """
 
     value: jax.Array
