@@ -129,7 +129,8 @@ def test_with_entropy_fixes_the_dense_entropy_with_every_derivative(problem, exc
 
     got, entropy = build(scale, factor, excess)
     dense_entropy = scipy.stats.multivariate_normal(np.zeros(6), dense(scale, got)).entropy()
-    np.testing.assert_allclose([entropy, dense_entropy], np.full(2, without + excess), rtol=1e-12)
+    np.testing.assert_allclose(entropy, without + excess, rtol=1e-12)
+    np.testing.assert_allclose(dense_entropy, without + excess, rtol=1e-9)  # a condition of 1e8 costs it digits
     # Directions stay: a positive multiple of the factor.
     ratio = np.asarray(got) / np.asarray(factor)
     np.testing.assert_allclose(ratio, np.full_like(ratio, ratio[0, 0, 0]), rtol=1e-10)
