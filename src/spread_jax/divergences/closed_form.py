@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_batch, check_same_shape
+from spread_jax._pairwise import flatten_events
 from spread_jax.noise import (
     CauchyNoise,
+    DiscreteNoise,
     GaussianNoise,
     LaplaceNoise,
     LogisticNoise,
@@ -58,6 +60,9 @@ def spread_kl_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoise) -> ja
     """
     if not hasattr(noise, "kl"):
         raise _no_closed_form("KL", noise)
+    if not isinstance(noise, DiscreteNoise):
+        mu_p, mu_q = check_batch("mu_p", mu_p), check_batch("mu_q", mu_q)
+        check_same_shape("mu_p", mu_p, "mu_q", mu_q)
     return noise.kl(mu_p, mu_q)
 
 
@@ -151,7 +156,7 @@ def spread_total_variation_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: Sprea
     mu_p, mu_q, noise = _deltas(mu_p, mu_q, noise)
     if isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
         square = 0.25 * noise.kl(mu_p, mu_q)
-        apart = square > 0  # the root of zero has no derivative
+        apart = square != 0  # the root of zero has no derivative; NaN stays NaN
         return jnp.where(apart, jax.lax.erf(jnp.sqrt(jnp.where(apart, square, 1))), 0)
     if not isinstance(noise, (LaplaceNoise, CauchyNoise, LogisticNoise)):
         raise _no_closed_form("total variation", noise)
@@ -188,7 +193,7 @@ def spread_kl_gaussians(
       noise: Gaussian or low-rank Gaussian noise. Use jax.vmap for many pairs.
 
     Returns:
-      Scalar.
+      Scalar; NaN where a covariance is so indefinite that the spread one is not positive definite.
 
     Raises:
       TypeError: if the noise is not Gaussian.
@@ -262,12 +267,14 @@ def _deltas(mu_p, mu_q, noise):
 def _standard_distance(mu_p, mu_q, noise):
     """|mu_p - mu_q| / scale, [batch, X]."""
     difference = mu_p - mu_q
-    return jnp.abs(difference / noise._scale_like(difference)).reshape(difference.shape[0], -1)
+    return flatten_events(jnp.abs(difference / noise._scale_like(difference)))
 
 
 def _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise):
     mean_p, mean_q = check_batch("mean_p", mean_p), check_batch("mean_q", mean_q)
     cov_p, cov_q = check_batch("cov_p", cov_p), check_batch("cov_q", cov_q)
+    if mean_p.ndim != 1:
+        raise ValueError(f"mean_p must have shape [X], got {mean_p.shape}; use jax.vmap for many pairs.")
     size = mean_p.shape[0]
     for name, value, shape in (
         ("mean_p", mean_p, (size,)),

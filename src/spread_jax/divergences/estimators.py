@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_count, check_same_event, check_samples
+from spread_jax._checks import check_callable, check_count, check_same_event, check_samples
 from spread_jax.divergences.f_divergences import FDivergence, kl
 from spread_jax.divergences.mixtures import log_spread_density
 from spread_jax.noise import SpreadNoise
+from spread_jax.noise._protocol import check_noise
 
 __all__ = ["Estimate", "spread_divergence", "spread_kl"]
 
@@ -81,6 +82,7 @@ def spread_divergence(
     """
     p_samples, q_samples = check_samples("p_samples", p_samples), check_samples("q_samples", q_samples)
     check_same_event("p_samples", p_samples, "q_samples", q_samples)
+    check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     if not isinstance(divergence, FDivergence):
         raise TypeError(
@@ -150,6 +152,8 @@ def spread_kl(
       True
     """
     p_samples = check_samples("p_samples", p_samples)
+    check_callable("sampler", sampler)
+    check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     num_model_samples = check_count("num_model_samples", num_model_samples)
     y_key, model_key = jax.random.split(key)

@@ -6,8 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from spread_jax._checks import check_batch, check_positive, check_same_event, check_same_shape
+from spread_jax._checks import check_batch, check_positive, check_same_event, check_same_shape, is_concrete
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
 from spread_jax.noise._product import fit_event, positive_log
@@ -35,7 +36,8 @@ class LowRankGaussianNoise:
         `with_volume` and `with_entropy`.
 
     Raises:
-      ValueError: if a concrete `scale` is not positive and finite, or `factor` has fewer than two axes.
+      ValueError: if a concrete `scale` is not positive and finite, or `factor` has fewer than two axes or is
+        concrete and not finite.
       TypeError: if `factor` is not floating point.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, section on learning the noise covariance.
@@ -53,11 +55,15 @@ class LowRankGaussianNoise:
 
     def __post_init__(self):
         check_positive("scale", self.scale)
+        if not hasattr(self.factor, "shape"):
+            raise TypeError(f"factor must be an array of shape [*event, R], got {type(self.factor).__name__}.")
         shape, dtype = jnp.shape(self.factor), jnp.result_type(self.factor)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"factor must have a floating-point dtype, got {dtype}; convert it first.")
         if len(shape) < 2 or 0 in shape:
             raise ValueError(f"factor must have shape [*event, R] with R of at least 1, got {shape}.")
+        if is_concrete(self.factor) and not np.isfinite(np.asarray(self.factor)).all():
+            raise ValueError("factor must be finite, got NaN or infinity.")
 
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
         """Draws y = x + sigma epsilon + L eta, with epsilon ~ N(0, I_X) and eta ~ N(0, I_R).
@@ -172,10 +178,14 @@ class LowRankGaussianNoise:
           A new LowRankGaussianNoise.
 
         Raises:
-          ValueError: if a concrete `volume` is not positive, or R exceeds the dimensions of an event.
+          ValueError: if a concrete `volume` is not positive, R exceeds the dimensions of an event, or the volume
+            of a concrete L is zero.
         """
         check_positive("volume", volume)
-        log_ratio = (jnp.log(jnp.asarray(volume, self.factor.dtype)) - self.log_volume()) / self.factor.shape[-1]
+        log_volume = self.log_volume()
+        if not isinstance(log_volume, jax.core.Tracer) and log_volume == -jnp.inf:
+            raise ValueError("factor must have independent columns for a volume to be reached by scaling it.")
+        log_ratio = (jnp.log(jnp.asarray(volume, self.factor.dtype)) - log_volume) / self.factor.shape[-1]
         return LowRankGaussianNoise(self.scale, self.factor * jnp.exp(log_ratio))
 
     def with_entropy(self, entropy: float | jax.Array) -> LowRankGaussianNoise:

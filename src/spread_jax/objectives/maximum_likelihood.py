@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from spread_jax._checks import check_batch, check_count, check_positive, check_samples
+from spread_jax._checks import check_batch, check_callable, check_count, check_positive, check_samples
 from spread_jax.divergences.closed_form import gaussian_noise_covariance
 from spread_jax.divergences.estimators import Estimate
 from spread_jax.divergences.mixtures import log_spread_density
 from spread_jax.noise import GaussianNoise, LowRankGaussianNoise, SpreadNoise
+from spread_jax.noise._protocol import check_noise
 
 __all__ = [
     "fisher_information",
@@ -126,6 +127,8 @@ def spread_fisher_information(
       >>> bool(abs(value[0, 0] - 4) < 6 * error[0, 0])  # 1 / sigma^2
       True
     """
+    check_callable("sampler", sampler)
+    check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     num_model_samples = check_count("num_model_samples", num_model_samples)
     x_key, y_key, model_key = jax.random.split(key, 3)
@@ -182,9 +185,8 @@ def gaussian_fisher_information(
       [[0.5 0. ]
        [0.  0.5]]
     """
-    for name, function in (("mean", mean), ("cov", cov)):
-        if not callable(function):
-            raise TypeError(f"{name} must be callable, params -> array, got {type(function).__name__}.")
+    check_callable("mean", mean)
+    check_callable("cov", cov)
     theta, unravel = _ravel(params)
     m = check_batch("mean(params)", mean(params))
     s = check_batch("cov(params)", cov(params))
@@ -350,8 +352,7 @@ def _ravel(params):
 
 def _one_log_density(log_density, params):
     """(theta [P], x [*event]) -> log p(x), and theta."""
-    if not callable(log_density):
-        raise TypeError(f"log_density must be callable, (params, x) -> [n], got {type(log_density).__name__}.")
+    check_callable("log_density", log_density)
     theta, unravel = _ravel(params)
 
     def one(theta, row):
