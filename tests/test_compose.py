@@ -62,8 +62,5 @@ def test_loss_and_gradient_are_those_of_plain_jax_and_it_trains(path, problem, c
     for a, b in zip(leaves, want_leaves, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
 
-    bounds = []
-    for steps in (1, 60):
-        example.main(steps=steps)
-        bounds.append(float(capsys.readouterr().out.split()[1]))
-    assert bounds[1] > bounds[0] + 1
+    example.main(steps=60)
+    assert float(capsys.readouterr().out.split()[1]) > -7  # untrained networks are below -10, trained ones near -3.6

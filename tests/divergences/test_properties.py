@@ -61,11 +61,12 @@ def distributions(seed, count=4):
 
 
 def between_spreads_of(make, p, log_weights_p, q, log_weights_q, scale):
-    """All divergences of p~ and q~ by the trapezoidal rule [6], and those of y rounded to coarse bins [6]."""
+    """All divergences of p~ and q~ by the trapezoidal rule [6], those of y in coarse bins [6], and the mass of p~."""
     log_density = lambda atoms, weights: log_spread_density(GRID[:, None], atoms, make(scale), log_weights=weights)
     log_p, log_q = (log_density(*side) + np.log(STEP) for side in ((p, log_weights_p), (q, log_weights_q)))
     coarse = [jax.nn.logsumexp(side.reshape(-1, 3), axis=1) for side in (log_p[:1398], log_q[:1398])]
-    return tuple(jnp.stack([d.between(*pair) for d in DIVERGENCES]) for pair in ((log_p, log_q), coarse))
+    values = [jnp.stack([d.between(*pair) for d in DIVERGENCES]) for pair in ((log_p, log_q), coarse)]
+    return *values, jnp.exp(jax.nn.logsumexp(log_p))
 
 
 between_spreads = {
@@ -80,7 +81,7 @@ of_weights = in_double(lambda log_p, log_q: jnp.stack([d.between(log_p, log_q) f
 def test_divergences_of_spread_distributions(make, seed, scale, shift, factor):
     p, log_weights_p, q, log_weights_q = distributions(seed)
     between = lambda *args: between_spreads[make](*args)[0]
-    value, binned = between_spreads[make](p, log_weights_p, q, log_weights_q, scale)
+    value, binned, mass = between_spreads[make](p, log_weights_p, q, log_weights_q, scale)
     swapped = between(q, log_weights_q, p, log_weights_p, scale)
     order = np.random.default_rng(seed).permutation(4)
     permuted = between(p[order], log_weights_p[order], q, log_weights_q, scale)
@@ -90,6 +91,7 @@ def test_divergences_of_spread_distributions(make, seed, scale, shift, factor):
     noisier = between(p, log_weights_p, q, log_weights_q, 1.3 * scale)
     common = between(p, log_weights_p, p, log_weights_q, scale)
     clean = of_weights(log_weights_p, log_weights_q)
+    np.testing.assert_allclose(mass, 1, atol=1e-3)
     bounds = np.array([d.upper_bound for d in DIVERGENCES])
     assert (value > 0).all()
     assert (value < bounds).all()
