@@ -77,9 +77,10 @@ def fast_ica(x, columns, seed):
 
 
 def picard_tanh(x, columns, seed):
-    """Picard with its tanh density, not constrained to orthogonal rotations."""
+    """Picard with its tanh density, not constrained to orthogonal rotations; sources scaled to unit variance."""
     whitening, rotation, _ = picard(x.T, n_components=columns, ortho=False, extended=False, random_state=seed)
-    return np.linalg.pinv(rotation @ whitening)
+    unmixing = rotation @ whitening
+    return np.linalg.pinv(unmixing) * ((x - x.mean(axis=0)) @ unmixing.T).std(axis=0)
 
 
 def worst_cosine(mixing: np.ndarray, truth: np.ndarray) -> float:
@@ -125,11 +126,9 @@ def measure(methods: dict[str, Callable], seeds: int, count: int, law: str) -> l
 
 def describe(row: dict) -> str:
     """One line."""
-    return (
-        f"{row['law']:16s} N={row['count']:6d} {row['method']:28s} raw {row['raw']:.4f} "
-        f"direction {row['direction']:.4f} median {row['direction_median']:.4f} failures {row['failures']} warm {row['seconds']:.3f} s "
-        f"first {row['first_seconds']:.1f} s"
-    )
+    errors = f"raw {row['raw']:.4f} direction {row['direction']:.4f} median {row['direction_median']:.4f}"
+    seconds = f"warm {row['seconds']:.3f} s first {row['first_seconds']:.1f} s"
+    return f"{row['law']:16s} N={row['count']:6d} {row['method']:28s} {errors} failures {row['failures']} {seconds}"
 
 
 def overcomplete(seeds: int) -> list[dict]:
@@ -164,8 +163,8 @@ def as_markdown(config: Config, results: dict) -> str:
         f"`python -m benchmarks.ica --seeds {config.seeds} --overcomplete-seeds {config.overcomplete_seeds}`, seeds 0 "
         f"to {config.seeds - 1}, {results['cores']} CPU cores, jax {results['versions']['jax']}, scikit-learn "
         f"{results['versions']['scikit-learn']}, python-picard {results['versions']['python-picard']}. X = 20, Z = 10, "
-        "no noise. Errors are means over data sets, ratios to FastICA above 1 are rows where FastICA is better. Seconds "
-        "are medians of warm fits; the first fit compiles.",
+        "no noise. Errors are means over data sets; where a ratio to FastICA is above 1, FastICA is better. Seconds are "
+        "medians of warm fits; the first fit compiles.",
         "",
         "| sources | N | method | raw | direction | direction / FastICA | failed | warm s | warm / FastICA | first s |",
         "|---|---|---|---|---|---|---|---|---|---|",

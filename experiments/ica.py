@@ -73,7 +73,7 @@ class Config:
     """sigma of spread EM; the paper's rule from the current A if None."""
     sizes: tuple[int, ...] = (250, 1000, 4000)
     """Numbers of examples for the figure of error against size; empty for none."""
-    size_runs: int = 4
+    size_runs: int = 3
     """Data sets for each size."""
     size_dimensions: int = 10
     """X of that figure."""
@@ -81,7 +81,7 @@ class Config:
     """Z of that figure."""
     size_gamma: float = 0.2
     """Observation noise of that figure."""
-    size_sweeps: int = 300
+    size_sweeps: int = 500
     """EM steps of that figure."""
     size_samples: int = 64
     """Samples of z in an EM step of that figure."""
@@ -186,7 +186,8 @@ def estimate(
                 random_state=seed,
                 max_iter=500,
             )
-        return np.linalg.pinv(rotation @ whitening), True
+        unmixing = rotation @ whitening
+        return np.linalg.pinv(unmixing) * ((x - x.mean(axis=0)) @ unmixing.T).std(axis=0), True
     options = {"observation_scale": gamma, "source": "laplace", "key": jax.random.key(seed)}
     if method in ("em", "spread_em"):
         options |= {"max_iterations": sweeps, "num_samples": samples, "rows_per_draw": rows_per_draw}
@@ -425,6 +426,8 @@ def draw_errors(config: Config, table: list[dict], path: Path) -> None:
 
 
 def _draw_methods(axes, rows: list[dict], along: str, kind: str) -> None:
+    from matplotlib.ticker import NullFormatter
+
     for method in dict.fromkeys(row["method"] for row in rows):
         label, colour, marker = METHODS[method]
         mine = [row for row in rows if row["method"] == method]
@@ -435,6 +438,7 @@ def _draw_methods(axes, rows: list[dict], along: str, kind: str) -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.25, which="both")
 
 

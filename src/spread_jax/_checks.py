@@ -10,16 +10,22 @@ import numpy as np
 
 __all__ = [
     "check_batch",
+    "check_callable",
     "check_count",
+    "check_examples",
+    "check_non_negative",
     "check_positive",
     "check_same_event",
     "check_same_shape",
     "check_samples",
+    "is_concrete",
 ]
 
 
 def check_batch(name: str, value) -> jax.Array:
     """Returns `value` as an array, refusing anything but a floating-point [batch, *event] array."""
+    if value is None or isinstance(value, (str, bytes)) or callable(value):
+        raise TypeError(f"{name} must be a floating-point array, got {type(value).__name__}.")
     array = jnp.asarray(value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(
@@ -39,17 +45,44 @@ def check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Ar
         )
 
 
+def check_examples(name: str, value) -> jax.Array:
+    """Returns `value` as [batch, *event], refusing an empty batch. Non-finite numbers pass: training reports them."""
+    array = check_batch(name, value)
+    if array.shape[0] == 0:
+        raise ValueError(f"{name} must hold at least one example, got shape {array.shape}.")
+    return array
+
+
+def check_callable(name: str, value) -> None:
+    """Refuses what cannot be called."""
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__}.")
+
+
 def check_positive(name: str, value) -> None:
     """Refuses concrete numbers that are not positive and finite; traced numbers pass unchecked."""
+    _check_sign(name, value, "positive and finite", lambda array: array > 0)
+
+
+def check_non_negative(name: str, value) -> None:
+    """Refuses concrete numbers that are negative or not finite; traced numbers pass unchecked."""
+    _check_sign(name, value, "at least 0 and finite", lambda array: array >= 0)
+
+
+def _check_sign(name, value, words, holds):
+    if value is None or isinstance(value, (str, bytes, complex, list, tuple, dict)):
+        hint = "; make an array of it first" if isinstance(value, (list, tuple)) else ""
+        raise TypeError(f"{name} must be a number or an array, got {type(value).__name__}{hint}.")
     if isinstance(value, jax.core.Tracer) or not isinstance(value, (int, float, np.ndarray, np.generic, jax.Array)):
         return
     array = np.asarray(value)
-    if not np.issubdtype(array.dtype, np.number) and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} must be a number, got {array.dtype}.")
+    real = np.issubdtype(array.dtype, np.integer) or jnp.issubdtype(array.dtype, jnp.floating)
+    if not real:
+        raise TypeError(f"{name} must be a real number, got {array.dtype}.")
     array = array.astype(np.float64)
-    if not (np.isfinite(array).all() and (array > 0).all()):
+    if not (np.isfinite(array).all() and holds(array).all()):
         shown = float(array) if array.ndim == 0 else f"an array with minimum {array.min()}"
-        raise ValueError(f"{name} must be positive and finite, got {shown}.")
+        raise ValueError(f"{name} must be {words}, got {shown}.")
 
 
 def check_count(name: str, value) -> int:
@@ -63,12 +96,17 @@ def check_count(name: str, value) -> int:
     return count
 
 
+def is_concrete(array) -> bool:
+    """Whether numbers can be looked at here: not traced, and not spread over other processes."""
+    return not isinstance(array, jax.core.Tracer) and getattr(array, "is_fully_addressable", True)
+
+
 def check_samples(name: str, value) -> jax.Array:
     """Returns `value` as [num, *event] samples, refusing an empty set and concrete non-finite numbers."""
     array = check_batch(name, value)
     if array.shape[0] == 0:
         raise ValueError(f"{name} must hold at least one sample, got shape {array.shape}.")
-    if isinstance(array, jax.core.Tracer) or not array.is_fully_addressable:
+    if not is_concrete(array):
         return array
     with jax.ensure_compile_time_eval():
         finite = bool(jnp.isfinite(array).all())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -12,8 +14,8 @@ _DIRECT_DIMENSIONS = 8
 
 
 def flatten_events(x: jax.Array) -> jax.Array:
-    """[n, *event] -> [n, X]."""
-    return x.reshape(x.shape[0], -1)
+    """[n, *event] -> [n, X], of an empty set too."""
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))
 
 
 @jax.custom_jvp

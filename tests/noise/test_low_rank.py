@@ -104,6 +104,73 @@ def test_with_volume_fixes_the_volume_and_lets_gradients_through(problem, x64):
     assert np.abs(of_entry).max() > 0.1
 
 
+def test_with_entropy_of_one_column_is_closed_form(dtype):
+    # X/2 log(2 pi e) + X log sigma + log(1 + c^2 |L|^2 / sigma^2) / 2, solved for c; the bracket is then a point.
+    factor = jnp.asarray([[3.0], [4.0]], dtype)
+    with_entropy = jax.jit(lambda e: LowRankGaussianNoise(0.5, factor).with_entropy(e).factor)
+    without = np.log(2 * np.pi * np.e) + 2 * np.log(0.5)
+    for excess in (1e-3, 1.0, 30.0):
+        c = np.sqrt(np.expm1(2 * excess) * 0.25 / 25)
+        rtol = 1e-5 if dtype == "float32" else 1e-9
+        rtol += 4 * np.finfo(dtype).eps * abs(without + excess) / min(excess, 1)  # of rounding the entropy itself
+        np.testing.assert_allclose(with_entropy(without + excess), c * np.asarray(factor), rtol=rtol)
+
+
+@pytest.mark.parametrize("excess", [0.05, 15.0])
+def test_with_entropy_fixes_the_dense_entropy_with_every_derivative(problem, excess, x64):
+    scale, factor, _, _ = (jnp.asarray(part) for part in problem)
+    factor = factor * jnp.array([1.0, 30.0])  # eigenvalues far apart
+    without = 0.5 * 6 * np.log(2 * np.pi * np.e) + np.log(scale).sum()
+
+    @jax.jit
+    def build(scale, factor, excess):
+        noise = LowRankGaussianNoise(scale, factor).with_entropy(without + excess)
+        return noise.factor, noise.entropy(jnp.zeros((1, 2, 3)))[0]
+
+    got, entropy = build(scale, factor, excess)
+    dense_entropy = scipy.stats.multivariate_normal(np.zeros(6), dense(scale, got)).entropy()
+    np.testing.assert_allclose(entropy, without + excess, rtol=1e-12)
+    np.testing.assert_allclose(dense_entropy, without + excess, rtol=1e-9)  # a condition of 1e8 costs it digits
+    # Directions stay: a positive multiple of the factor.
+    ratio = np.asarray(got) / np.asarray(factor)
+    np.testing.assert_allclose(ratio, np.full_like(ratio, ratio[0, 0, 0]), rtol=1e-10)
+    assert ratio[0, 0, 0] > 0
+
+    entry = lambda scale, factor, excess: jnp.log(build(scale, factor, excess)[0][0, 0, 0] / factor[0, 0, 0])
+    direction = jax.tree.map(lambda leaf: jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape), (scale, factor))
+    line = jax.jit(lambda t: entry(scale + t * direction[0], factor + t * direction[1], excess * (1 + t)))
+    # Either mode, then the derivative of the derivative.
+    forward, backward, second = jax.jit(lambda t: (jax.jacfwd(line)(t), jax.grad(line)(t), jax.hessian(line)(t)))(0.0)
+    h = 1e-4
+    values = [line(t) for t in (-2 * h, -h, 0.0, h, 2 * h)]
+    first = np.dot(values, [1, -8, 0, 8, -1]) / (12 * h)
+    np.testing.assert_allclose([forward, backward], [first, first], rtol=1e-6)
+    np.testing.assert_allclose(second, np.dot(values, [-1, 16, -30, 16, -1]) / (12 * h**2), rtol=1e-3, atol=1e-4)
+
+
+def test_with_entropy_survives_equal_and_vanishing_eigenvalues_and_vmap(x64):
+    factor = jnp.asarray(np.eye(4, 3)) * jnp.array([1.0, 1.0, 0.0])
+    without = 2 * np.log(2 * np.pi * np.e)
+    both = jax.value_and_grad(lambda f, e: LowRankGaussianNoise(1.0, f).with_entropy(e).factor[0, 0])
+    value, slope = jax.jit(jax.vmap(both, in_axes=(None, 0)))(factor, without + jnp.array([0.3, 2.0]))
+    # Two eigenvalues of one: log(1 + c^2) = excess.
+    np.testing.assert_allclose(value, np.sqrt(np.expm1([0.3, 2.0])), rtol=1e-10)
+    assert np.isfinite(slope).all()
+    # Scaling the free factor changes nothing: no slope along it.
+    np.testing.assert_allclose((slope * factor).sum(axis=(1, 2)), np.zeros(2), atol=1e-12)
+
+
+def test_with_entropy_refuses_what_cannot_be_reached():
+    noise = LowRankGaussianNoise(0.5, jnp.ones((3, 1)))
+    without = 1.5 * np.log(2 * np.pi * np.e) + 3 * np.log(0.5)
+    for entropy in (without - 1, without - 1e-3, np.nan, np.inf):
+        with pytest.raises(ValueError, match="entropy must be finite and above that of the noise without its factor"):
+            noise.with_entropy(entropy)
+    assert np.isnan(jax.jit(lambda e: noise.with_entropy(e).factor)(without - 1)).all()
+    with pytest.raises(ValueError, match="factor must not be zero"):
+        LowRankGaussianNoise(0.5, jnp.zeros((3, 1))).with_entropy(5.0)
+
+
 def test_a_vanishing_factor_is_the_isotropic_gaussian(problem):
     _, factor, y, x = (part.astype(np.float32) for part in problem)
     low_rank = jax.jit(LowRankGaussianNoise(0.7, 1e-8 * factor).log_prob)

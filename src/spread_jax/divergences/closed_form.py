@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_batch, check_same_shape
+from spread_jax._pairwise import flatten_events
 from spread_jax.noise import (
     CauchyNoise,
+    DiscreteNoise,
     GaussianNoise,
     LaplaceNoise,
     LogisticNoise,
@@ -17,6 +19,7 @@ from spread_jax.noise import (
     SpreadNoise,
     TransformedNoise,
 )
+from spread_jax.noise._product import fit_event
 
 __all__ = [
     "spread_chi_squared_deltas",
@@ -57,6 +60,9 @@ def spread_kl_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoise) -> ja
     """
     if not hasattr(noise, "kl"):
         raise _no_closed_form("KL", noise)
+    if not isinstance(noise, DiscreteNoise):
+        mu_p, mu_q = check_batch("mu_p", mu_p), check_batch("mu_q", mu_q)
+        check_same_shape("mu_p", mu_p, "mu_q", mu_q)
     return noise.kl(mu_p, mu_q)
 
 
@@ -150,7 +156,7 @@ def spread_total_variation_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: Sprea
     mu_p, mu_q, noise = _deltas(mu_p, mu_q, noise)
     if isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
         square = 0.25 * noise.kl(mu_p, mu_q)
-        apart = square > 0  # the root of zero has no derivative
+        apart = square != 0  # the root of zero has no derivative; NaN stays NaN
         return jnp.where(apart, jax.lax.erf(jnp.sqrt(jnp.where(apart, square, 1))), 0)
     if not isinstance(noise, (LaplaceNoise, CauchyNoise, LogisticNoise)):
         raise _no_closed_form("total variation", noise)
@@ -187,7 +193,7 @@ def spread_kl_gaussians(
       noise: Gaussian or low-rank Gaussian noise. Use jax.vmap for many pairs.
 
     Returns:
-      Scalar.
+      Scalar; NaN where a covariance is so indefinite that the spread one is not positive definite.
 
     Raises:
       TypeError: if the noise is not Gaussian.
@@ -261,12 +267,14 @@ def _deltas(mu_p, mu_q, noise):
 def _standard_distance(mu_p, mu_q, noise):
     """|mu_p - mu_q| / scale, [batch, X]."""
     difference = mu_p - mu_q
-    return jnp.abs(difference / noise._scale_like(difference)).reshape(difference.shape[0], -1)
+    return flatten_events(jnp.abs(difference / noise._scale_like(difference)))
 
 
 def _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise):
     mean_p, mean_q = check_batch("mean_p", mean_p), check_batch("mean_q", mean_q)
     cov_p, cov_q = check_batch("cov_p", cov_p), check_batch("cov_q", cov_q)
+    if mean_p.ndim != 1:
+        raise ValueError(f"mean_p must have shape [X], got {mean_p.shape}; use jax.vmap for many pairs.")
     size = mean_p.shape[0]
     for name, value, shape in (
         ("mean_p", mean_p, (size,)),
@@ -276,19 +284,26 @@ def _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise):
     ):
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit mean_p, got {value.shape}.")
+    spread = gaussian_noise_covariance(noise, "mean_p", mean_p)
+    return mean_p - mean_q, cov_p + spread, cov_q + spread
+
+
+def gaussian_noise_covariance(noise, name, mean):
+    """C, [X, X], of Gaussian or low-rank Gaussian noise on events of the shape of `mean`, [X]."""
     if not isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
         raise TypeError(
             f"noise must be GaussianNoise or LowRankGaussianNoise for Gaussians to stay Gaussian, got "
-            f"{type(noise).__name__}; estimate with spread_divergence instead."
+            f"{type(noise).__name__}; estimate from samples instead."
         )
-    variances = jnp.square(jnp.broadcast_to(jnp.asarray(noise.scale, mean_p.dtype), (size,)))
-    spread = jnp.diag(variances)
+    (size,) = mean.shape
+    scale = fit_event("scale", noise.scale, mean[None])
+    covariance = jnp.diag(jnp.square(jnp.broadcast_to(scale, (size,))))
     if isinstance(noise, LowRankGaussianNoise):
-        factor = jnp.asarray(noise.factor, mean_p.dtype)
+        factor = jnp.asarray(noise.factor, mean.dtype)
         if factor.shape[:-1] != (size,):
-            raise ValueError(f"factor must have shape ({size}, R) to fit mean_p, got {factor.shape}.")
-        spread = spread + factor @ factor.T
-    return mean_p - mean_q, cov_p + spread, cov_q + spread
+            raise ValueError(f"factor must have shape ({size}, R) to fit {name}, got {factor.shape}.")
+        covariance = covariance + factor @ factor.T
+    return covariance
 
 
 def _no_closed_form(what, noise):

@@ -8,10 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_count, check_same_event, check_samples
+from spread_jax._checks import check_callable, check_count, check_same_event, check_samples
 from spread_jax.divergences.f_divergences import FDivergence, kl
 from spread_jax.divergences.mixtures import log_spread_density
 from spread_jax.noise import SpreadNoise
+from spread_jax.noise._protocol import check_noise
 
 __all__ = ["Estimate", "spread_divergence", "spread_kl"]
 
@@ -20,9 +21,10 @@ class Estimate(NamedTuple):
     """A Monte-Carlo estimate.
 
     Attributes:
-      value: scalar, in nats where the divergence is in nats.
-      standard_error: scalar, the standard deviation of `value` over keys, as estimated from its own draws.
-        The draws are spread evenly over the samples, which can only lower the true one below this.
+      value: scalar, in nats where the divergence is in nats; a matrix for a Fisher information.
+      standard_error: of the shape of `value`, the standard deviation of `value` over keys, as estimated from
+        its own draws. The draws are spread evenly over the samples, which can only lower the true one below
+        this.
     """
 
     value: jax.Array
@@ -80,6 +82,7 @@ def spread_divergence(
     """
     p_samples, q_samples = check_samples("p_samples", p_samples), check_samples("q_samples", q_samples)
     check_same_event("p_samples", p_samples, "q_samples", q_samples)
+    check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     if not isinstance(divergence, FDivergence):
         raise TypeError(
@@ -149,6 +152,8 @@ def spread_kl(
       True
     """
     p_samples = check_samples("p_samples", p_samples)
+    check_callable("sampler", sampler)
+    check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     num_model_samples = check_count("num_model_samples", num_model_samples)
     y_key, model_key = jax.random.split(key)

@@ -8,8 +8,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_count, check_same_event, check_samples
+from spread_jax._checks import check_batch, check_count, check_same_event, check_samples, is_concrete
 from spread_jax.noise import SpreadNoise, TransformedNoise
+from spread_jax.noise._protocol import check_noise
 
 __all__ = ["log_spread_density"]
 
@@ -49,7 +50,8 @@ def log_spread_density(
 
     Raises:
       TypeError: an array is not floating point.
-      ValueError: no atoms, shapes that do not fit, concrete atoms that are not finite, or chunk_size < 1.
+      ValueError: no atoms, shapes that do not fit, concrete atoms that are not finite, concrete
+        weights none of which is positive, or chunk_size < 1.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,6 +61,7 @@ def log_spread_density(
       [-1.4189]
     """
     y, atoms = check_batch("y", y), check_samples("atoms", atoms)
+    check_noise("noise", noise)
     while isinstance(noise, TransformedNoise):
         atoms, noise = noise.location(atoms), noise.base
     check_same_event("y", y, "atoms", atoms)
@@ -71,6 +74,13 @@ def log_spread_density(
         log_weights = check_batch("log_weights", log_weights).astype(dtype)
         if log_weights.shape != (num_atoms,):
             raise ValueError(f"log_weights must have shape ({num_atoms},), one for each atom, got {log_weights.shape}.")
+        if is_concrete(log_weights):
+            with jax.ensure_compile_time_eval():
+                largest = float(log_weights.max())
+            if not math.isfinite(largest):
+                raise ValueError(
+                    f"log_weights must hold a finite number, and no NaN or plus infinity, got a maximum of {largest}."
+                )
         log_weights = jax.nn.log_softmax(log_weights)
     if num_y == 0:
         return jnp.zeros(0, dtype)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_count, check_positive, check_same_event, check_samples
+from spread_jax._checks import check_batch, check_callable, check_count, check_positive, check_same_event, check_samples
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
 from spread_jax.divergences.estimators import Estimate, spread_divergence
@@ -128,6 +128,8 @@ class MixtureKernel:
         object.__setattr__(self, "kernels", tuple(self.kernels))
         if not self.kernels:
             raise ValueError("kernels must hold at least one kernel, got none.")
+        for kernel in self.kernels:
+            check_callable("kernels", kernel)
         if self.weights is not None:
             object.__setattr__(self, "weights", tuple(self.weights))
             for weight in self.weights:
@@ -184,8 +186,7 @@ def mmd_squared(
     """
     x, y = check_samples("x", x), check_samples("y", y)
     check_same_event("x", x, "y", y)
-    if not callable(kernel):
-        raise TypeError(f"kernel must be callable, got {type(kernel).__name__}.")
+    check_callable("kernel", kernel)
     if unbiased and min(x.shape[0], y.shape[0]) < 2:
         raise ValueError(
             f"x and y must hold at least two samples for unbiased=True, got {x.shape[0]} and {y.shape[0]}; "
@@ -226,6 +227,8 @@ def spread_l2_squared(
     """
     if not hasattr(noise, "mmd_kernel"):
         raise TypeError(f"noise {type(noise).__name__} has no closed-form mmd_kernel, which this distance needs.")
+    p_samples, q_samples = check_samples("p_samples", p_samples), check_samples("q_samples", q_samples)
+    check_same_event("p_samples", p_samples, "q_samples", q_samples)
     return mmd_squared(p_samples, q_samples, noise.mmd_kernel, unbiased=False, chunk_size=chunk_size)
 
 

@@ -13,7 +13,7 @@ __all__ = ["ClosedProductNoise", "ProductNoise", "coth_excess", "fit_event", "po
 
 def sum_event(values: jax.Array) -> jax.Array:
     """[batch, *event] -> [batch]."""
-    return values.reshape(values.shape[0], -1).sum(axis=1)
+    return values.sum(axis=tuple(range(1, values.ndim)))
 
 
 def positive_log(scale: jax.Array) -> jax.Array:
@@ -96,7 +96,7 @@ class ProductNoise:
         """
         omega = check_batch("omega", omega)
         factors = self._standard_transform(self._scale_like(omega) * omega)
-        return factors.reshape(omega.shape[0], -1).prod(axis=1)
+        return factors.prod(axis=tuple(range(1, factors.ndim)))
 
     def _scale_like(self, x):
         return fit_event("scale", self.scale, x)

@@ -6,7 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 
-__all__ = ["SpreadNoise"]
+__all__ = ["SpreadNoise", "check_noise"]
 
 
 @runtime_checkable
@@ -34,3 +34,12 @@ class SpreadNoise(Protocol):
     def location(self, x: jax.Array) -> jax.Array:
         """The noise-free y: x itself, or f(x) for a transformed noise."""
         ...
+
+
+def check_noise(name: str, noise) -> None:
+    """Refuses what lacks a method of a spread noise."""
+    if not isinstance(noise, SpreadNoise):
+        raise TypeError(
+            f"{name} must be a spread noise, such as spread_jax.GaussianNoise(0.5), with methods sample, log_prob and "
+            f"location, got {type(noise).__name__}."
+        )

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._checks import check_same_event, check_same_shape
+from spread_jax._checks import check_count, check_positive, check_same_event, check_same_shape, is_concrete
+from spread_jax._pairwise import flatten_events
 from spread_jax._pytree import frozen_pytree
+from spread_jax.noise._product import sum_event
 
 __all__ = ["DiscreteNoise"]
 
@@ -22,7 +24,7 @@ class DiscreteNoise:
 
     Args:
       matrix: P, [n, n], floating point; each column sums to one. A pytree leaf; a concrete matrix is
-        checked here.
+        checked here. Concrete labels out of range are refused by each method; traced ones give NaN.
 
     Raises:
       TypeError: if `matrix` is not floating point.
@@ -59,20 +61,24 @@ class DiscreteNoise:
     @classmethod
     def uniform_mixture(cls, num_labels: int, rate: float | jax.Array) -> DiscreteNoise:
         """Keeps a label with probability 1 - rate, else draws one of `num_labels` uniformly; 0 < rate < 1."""
+        num_labels = check_count("num_labels", num_labels)
+        check_positive("rate", rate)
+        if not isinstance(rate, jax.core.Tracer) and not (np.asarray(rate) < 1).all():
+            raise ValueError(f"rate must be below 1, or every label is forgotten, got {rate}.")
         identity = jnp.eye(num_labels)
         return cls((1 - rate) * identity + rate / num_labels)
 
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
         """Draws labels y ~ p(y|x) of the shape and dtype of x, [batch, *event] integers."""
-        x = _check_labels("x", x)
+        x = self._labels("x", x)
         logits = jnp.log(self.matrix).T[x]
         return jax.random.categorical(key, logits, axis=-1).astype(x.dtype)
 
     def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """log p(y|x) in nats, [batch], for labels y and x of one shape [batch, *event]."""
-        y, x = _check_labels("y", y), _check_labels("x", x)
+        y, x = self._labels("y", y), self._labels("x", x)
         check_same_shape("y", y, "x", x)
-        return jnp.log(self.matrix)[y, x].reshape(x.shape[0], -1).sum(axis=1)
+        return sum_event(_entries(jnp.log(self.matrix), y, x))
 
     def location(self, x: jax.Array) -> jax.Array:
         """The noise-free y, which is x."""
@@ -80,25 +86,25 @@ class DiscreteNoise:
 
     def kl(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """KL(p(y|x) || p(y|x2)) in nats, [batch]."""
-        x, x2 = _check_labels("x", x), _check_labels("x2", x2)
+        x, x2 = self._labels("x", x), self._labels("x2", x2)
         check_same_shape("x", x, "x2", x2)
         cross = self._cross_entropies()
         table = cross - jnp.diagonal(cross)[:, None]
-        return table[x, x2].reshape(x.shape[0], -1).sum(axis=1)
+        return sum_event(_entries(table, x, x2))
 
     def expected_log_prob(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """E log p(y|x2) over y ~ p(y|x), in nats, [batch]."""
-        x, x2 = _check_labels("x", x), _check_labels("x2", x2)
+        x, x2 = self._labels("x", x), self._labels("x2", x2)
         check_same_shape("x", x, "x2", x2)
-        return -self._cross_entropies()[x, x2].reshape(x.shape[0], -1).sum(axis=1)
+        return -sum_event(_entries(self._cross_entropies(), x, x2))
 
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The sum of p(y|x) p(y|x2) over y, [n, m]: entries of P^T P."""
-        x, x2 = _check_labels("x", x), _check_labels("x2", x2)
+        x, x2 = self._labels("x", x), self._labels("x2", x2)
         check_same_event("x", x, "x2", x2)
         gram = self.matrix.T @ self.matrix
-        x, x2 = x.reshape(x.shape[0], -1), x2.reshape(x2.shape[0], -1)
-        return gram[x[:, None, :], x2[None, :, :]].prod(axis=-1)
+        x, x2 = flatten_events(x), flatten_events(x2)
+        return _entries(gram, x[:, None, :], x2[None, :, :]).prod(axis=-1)
 
     def spread(self, probabilities: jax.Array) -> jax.Array:
         """p~ = P p, for probabilities of the n labels along the last axis."""
@@ -110,6 +116,20 @@ class DiscreteNoise:
             )
         return probabilities @ self.matrix.T
 
+    def _labels(self, name, value):
+        array = jnp.asarray(value)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{name} must have an integer dtype (labels 0 .. n-1), got {array.dtype}.")
+        if array.ndim == 0:
+            raise ValueError(f"{name} must have shape [batch, *event], got a scalar.")
+        if array.size and is_concrete(array):
+            num_labels = self.matrix.shape[0]
+            with jax.ensure_compile_time_eval():
+                low, high = int(array.min()), int(array.max())
+            if low < 0 or high >= num_labels:
+                raise ValueError(f"{name} must hold labels 0 .. {num_labels - 1}, got labels from {low} to {high}.")
+        return array
+
     def _cross_entropies(self):
         """-sum_i P_ij log P_ik for each pair (j, k); 0 log 0 = 0."""
         used = self.matrix > 0
@@ -120,10 +140,7 @@ class DiscreteNoise:
         return -terms.sum(axis=0)
 
 
-def _check_labels(name, value):
-    array = jnp.asarray(value)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must have an integer dtype (labels 0 .. n-1), got {array.dtype}.")
-    if array.ndim == 0:
-        raise ValueError(f"{name} must have shape [batch, *event], got a scalar.")
-    return array
+def _entries(table, i, j):
+    """table[i, j], NaN where a traced label is out of range: indexing alone would take its neighbour's value."""
+    i, j = (jnp.where(index < 0, table.shape[0], index) for index in (i, j))
+    return table.at[i, j].get(mode="fill", fill_value=jnp.nan)

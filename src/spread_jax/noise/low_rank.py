@@ -6,8 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from spread_jax._checks import check_batch, check_positive, check_same_event, check_same_shape
+from spread_jax._checks import check_batch, check_positive, check_same_event, check_same_shape, is_concrete
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
 from spread_jax.noise._product import fit_event, positive_log
@@ -32,10 +33,11 @@ class LowRankGaussianNoise:
       scale: sigma > 0, a number or an array that broadcasts against one event.
       factor: L, of shape [*event, R].
         Both are pytree leaves. To learn L by maximising a divergence it must be constrained: see
-        `with_volume`.
+        `with_volume` and `with_entropy`.
 
     Raises:
-      ValueError: if a concrete `scale` is not positive and finite, or `factor` has fewer than two axes.
+      ValueError: if a concrete `scale` is not positive and finite, or `factor` has fewer than two axes or is
+        concrete and not finite.
       TypeError: if `factor` is not floating point.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, section on learning the noise covariance.
@@ -53,11 +55,15 @@ class LowRankGaussianNoise:
 
     def __post_init__(self):
         check_positive("scale", self.scale)
+        if not hasattr(self.factor, "shape"):
+            raise TypeError(f"factor must be an array of shape [*event, R], got {type(self.factor).__name__}.")
         shape, dtype = jnp.shape(self.factor), jnp.result_type(self.factor)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"factor must have a floating-point dtype, got {dtype}; convert it first.")
         if len(shape) < 2 or 0 in shape:
             raise ValueError(f"factor must have shape [*event, R] with R of at least 1, got {shape}.")
+        if is_concrete(self.factor) and not np.isfinite(np.asarray(self.factor)).all():
+            raise ValueError("factor must be finite, got NaN or infinity.")
 
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
         """Draws y = x + sigma epsilon + L eta, with epsilon ~ N(0, I_X) and eta ~ N(0, I_R).
@@ -172,11 +178,55 @@ class LowRankGaussianNoise:
           A new LowRankGaussianNoise.
 
         Raises:
-          ValueError: if a concrete `volume` is not positive, or R exceeds the dimensions of an event.
+          ValueError: if a concrete `volume` is not positive, R exceeds the dimensions of an event, or the volume
+            of a concrete L is zero.
         """
         check_positive("volume", volume)
-        log_ratio = (jnp.log(jnp.asarray(volume, self.factor.dtype)) - self.log_volume()) / self.factor.shape[-1]
+        log_volume = self.log_volume()
+        if not isinstance(log_volume, jax.core.Tracer) and log_volume == -jnp.inf:
+            raise ValueError("factor must have independent columns for a volume to be reached by scaling it.")
+        log_ratio = (jnp.log(jnp.asarray(volume, self.factor.dtype)) - log_volume) / self.factor.shape[-1]
         return LowRankGaussianNoise(self.scale, self.factor * jnp.exp(log_ratio))
+
+    def with_entropy(self, entropy: float | jax.Array) -> LowRankGaussianNoise:
+        r"""The same noise with L rescaled so that the entropy of p(y|x) is `entropy`, exactly.
+
+        With lambda_r the eigenvalues of W^T W, the factor c >= 0 that L is multiplied by solves
+
+          X/2 log(2 pi e) + sum_d log sigma_d + 1/2 sum_r log(1 + c^2 lambda_r) = entropy.
+
+        `with_volume` fixes the volume of L alone, which is this entropy only where L is much larger than
+        sigma. Differentiable to any order, by the implicit function theorem.
+
+        Args:
+          entropy: in nats, more than the entropy X/2 log(2 pi e) + sum_d log sigma_d without L.
+
+        Returns:
+          A new LowRankGaussianNoise; its factor is NaN where a traced entropy is too small, or L is zero.
+
+        Raises:
+          ValueError: if a concrete `entropy` is not above the entropy without L, or a concrete L is zero.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> noise = LowRankGaussianNoise(0.5, jnp.ones((3, 1))).with_entropy(4.0)
+          >>> print(noise.entropy(jnp.zeros((1, 3))))
+          [4.]
+        """
+        event, dtype = self.factor.shape[:-1], self.factor.dtype
+        scale, factor = self._parts_like(jnp.zeros((1, *event), dtype))
+        scale = jnp.broadcast_to(scale, event).reshape(-1)
+        without = 0.5 * scale.size * math.log(2 * math.pi * math.e) + positive_log(scale).sum()
+        excess = 2 * (jnp.asarray(entropy, dtype) - without)
+        if not isinstance(excess, jax.core.Tracer) and not (excess > 0 and jnp.isfinite(excess)):
+            raise ValueError(
+                f"entropy must be finite and above that of the noise without its factor, {without:g} nats, "
+                f"got {entropy:g}."
+            )
+        w = factor / scale[:, None]
+        if not isinstance(w, jax.core.Tracer) and not (w != 0).any():
+            raise ValueError("factor must not be zero for an entropy to be reached by scaling it.")
+        return LowRankGaussianNoise(self.scale, self.factor * jnp.exp(0.5 * _log_gain(w, excess)))
 
     def _parts_like(self, x):
         event = x.shape[1:]
@@ -202,3 +252,31 @@ class LowRankGaussianNoise:
 
         log_determinant = positive_log(scale).sum() + jnp.log(jnp.diagonal(cholesky)).sum()
         return whiten, -log_determinant - 0.5 * size * math.log(2 * math.pi)
+
+
+def _log_gain(w, excess):
+    """The u at which log det(I + e^u W^T W) = excess; NaN where there is none."""
+    gram = w.T @ w
+    identity = jnp.eye(gram.shape[0], dtype=gram.dtype)
+
+    def residual(u):
+        return 2 * jnp.log(jnp.diagonal(jnp.linalg.cholesky(identity + jnp.exp(u) * gram))).sum() - excess
+
+    def solve(_, start):
+        # Bisection on the sum of softplus(u + log lambda), which keeps its digits where the excess is small.
+        # The largest eigenvalue alone bounds u from above, R copies of it from below.
+        log_eigenvalues = jnp.log(jnp.maximum(jnp.linalg.eigvalsh(gram), 0))
+        inverse_softplus = lambda v: v + jnp.log(-jnp.expm1(-v))
+        low, high = (inverse_softplus(part) - log_eigenvalues[-1] for part in (excess / w.shape[1], excess))
+
+        def halve(_, bracket):
+            low, high = bracket
+            middle = 0.5 * (low + high)
+            below = jax.nn.softplus(middle + log_eigenvalues).sum() < excess
+            return jnp.where(below, middle, low), jnp.where(below, high, middle)
+
+        low, high = jax.lax.fori_loop(0, jnp.finfo(w.dtype).nmant + 8, halve, (low, high))
+        return 0.5 * (low + high) + start
+
+    u = jax.lax.custom_root(residual, jnp.zeros((), w.dtype), solve, lambda slope, v: v / slope(jnp.ones_like(v)))
+    return jnp.where(excess > 0, u, jnp.nan)

@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 
-from spread_jax._checks import check_batch
+from spread_jax._checks import check_batch, check_callable
 from spread_jax._pytree import frozen_pytree
-from spread_jax.noise._protocol import SpreadNoise
+from spread_jax.noise._protocol import SpreadNoise, check_noise
 
 __all__ = ["TransformedNoise"]
 
@@ -30,7 +30,7 @@ class TransformedNoise:
         static part: jit compiles again for a new function object, so define it once.
 
     Raises:
-      TypeError: if `transform` is not callable.
+      TypeError: if `transform` is not callable, or `base` is no spread noise.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, section on learning the mean transformation.
 
@@ -49,8 +49,8 @@ class TransformedNoise:
     transform: Callable[[jax.Array], jax.Array]
 
     def __post_init__(self):
-        if not callable(self.transform):
-            raise TypeError(f"transform must be callable, got {type(self.transform).__name__}.")
+        check_noise("base", self.base)
+        check_callable("transform", self.transform)
         if jax.tree_util.all_leaves([self.transform]):
             object.__setattr__(self, "transform", jax.tree_util.Partial(self.transform))
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_same_event, check_samples
+from spread_jax._checks import check_callable, check_same_event, check_samples
 from spread_jax.divergences.f_divergences import FDivergence, jensen_shannon
 from spread_jax.noise import SpreadNoise
+from spread_jax.noise._protocol import check_noise
 
 __all__ = ["GanLosses", "spread_gan_losses"]
 
@@ -81,6 +82,8 @@ def spread_gan_losses(
     """
     x, generated = check_samples("x", x), check_samples("generated", generated)
     check_same_event("x", x, "generated", generated)
+    check_callable("critic", critic)
+    check_noise("noise", noise)
     if not isinstance(divergence, FDivergence):
         raise TypeError(f"divergence must be an FDivergence such as spread_jax.kl, got {type(divergence).__name__}.")
     data_key, model_key = jax.random.split(key)

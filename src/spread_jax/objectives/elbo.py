@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_count
+from spread_jax._checks import check_callable, check_count, check_examples
 from spread_jax.noise import SpreadNoise
+from spread_jax.noise._protocol import check_noise
 
 __all__ = ["ElboTerms", "elbo", "spread_elbo"]
 
@@ -78,9 +79,9 @@ def spread_elbo(
       (ElboTerms, (encode_aux, decode_aux)).
 
     Raises:
-      TypeError: x is not floating point, a sample count is not an integer, or `low_variance` is asked of a
-        noise without `expected_log_prob`.
-      ValueError: a shape does not fit; the message names what was returned by whom.
+      TypeError: x is not floating point, `noise` is no spread noise, a sample count is not an integer, or
+        `low_variance` is asked of a noise without `expected_log_prob`.
+      ValueError: an empty batch, or a shape that does not fit; the message names what was returned by whom.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, section on training implicit models (delta-VAE).
 
@@ -94,7 +95,8 @@ def spread_elbo(
       >>> terms.elbo.shape
       (8,)
     """
-    x = check_batch("x", x)
+    x = check_examples("x", x)
+    check_noise("noise", noise)
     num_spread_samples = check_count("num_spread_samples", num_spread_samples)
     if low_variance and not hasattr(noise, "expected_log_prob"):
         raise TypeError(
@@ -138,8 +140,8 @@ def elbo(
       ElboTerms, each [batch], in nats. With `has_aux`, (ElboTerms, (encode_aux, decode_aux)).
 
     Raises:
-      TypeError: x is not floating point or the sample count is not an integer.
-      ValueError: a shape does not fit; the message names what was returned by whom.
+      TypeError: x is not floating point, `noise` is no spread noise, or the sample count is not an integer.
+      ValueError: an empty batch, or a shape that does not fit; the message names what was returned by whom.
 
     Source: Kingma and Welling, Auto-Encoding Variational Bayes, ICLR 2014, equation 3.
 
@@ -151,13 +153,16 @@ def elbo(
       >>> elbo(jnp.ones((4, 2)), encode, decode, GaussianNoise(1.0), key=jax.random.key(0)).kl.shape
       (4,)
     """
-    x = check_batch("x", x)
+    x = check_examples("x", x)
+    check_noise("noise", noise)
     return _bound(x, x, noise.log_prob, encode, decode, key, num_latent_samples, x.shape[0], has_aux)
 
 
 def _bound(y, target, score, encode, decode, key, num_latent_samples, batch, has_aux):
     """The bound of y under q(z|y), whose likelihood term is score(target, g(z))."""
     num_latent_samples = check_count("num_latent_samples", num_latent_samples)
+    check_callable("encode", encode)
+    check_callable("decode", decode)
     encoded = encode(y)
     encoded, encode_aux = _split_aux(encoded, has_aux, "encode")
     mean, log_std = _check_posterior(encoded, y)

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_count
+from spread_jax._checks import check_callable, check_count, check_examples
 from spread_jax.noise import SpreadNoise
+from spread_jax.noise._protocol import check_noise
 from spread_jax.objectives.elbo import Decode, Encode, _check_posterior, _split_aux
 
 __all__ = ["BoundTerms", "spread_importance_bound"]
@@ -63,8 +64,8 @@ def spread_importance_bound(
       (BoundTerms, (encode_aux, decode_aux)).
 
     Raises:
-      TypeError: x is not floating point or a sample count is not an integer.
-      ValueError: a shape does not fit; the message names what was returned by whom.
+      TypeError: x is not floating point, `noise` is no spread noise, or a sample count is not an integer.
+      ValueError: an empty batch, or a shape that does not fit; the message names what was returned by whom.
 
     Source: Burda, Grosse and Salakhutdinov, Importance Weighted Autoencoders, ICLR 2016, equation 8.
 
@@ -77,7 +78,10 @@ def spread_importance_bound(
       >>> spread_importance_bound(x, encode, decode, noise, key=jax.random.key(0), num_samples=5).bound.shape
       (8,)
     """
-    x = check_batch("x", x)
+    x = check_examples("x", x)
+    check_noise("noise", noise)
+    check_callable("encode", encode)
+    check_callable("decode", decode)
     num_samples = check_count("num_samples", num_samples)
     num_spread_samples = check_count("num_spread_samples", num_spread_samples)
     spread_key, latent_key = jax.random.split(key)

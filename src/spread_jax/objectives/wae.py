@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch
+from spread_jax._checks import check_batch, check_callable, check_examples, check_non_negative
 from spread_jax.divergences.mmd import InverseMultiquadricKernel, MixtureKernel, mmd_squared
 from spread_jax.objectives.elbo import Decode, _split_aux
 
@@ -59,7 +59,7 @@ def wae_mmd_loss(
 
     Raises:
       TypeError: x is not floating point.
-      ValueError: a single example, or a shape that does not fit.
+      ValueError: fewer than two examples, a concrete negative weight, or a shape that does not fit.
 
     Source: Tolstikhin et al., Wasserstein Auto-Encoders, ICLR 2018, algorithm 2.
 
@@ -70,8 +70,13 @@ def wae_mmd_loss(
       >>> wae_mmd_loss(x, lambda x: x[:, :2], decode, key=jax.random.key(0), weight=1.0).reconstruction.shape
       (8,)
     """
-    x = check_batch("x", x)
+    x = check_examples("x", x)
+    check_callable("encode", encode)
+    check_callable("decode", decode)
+    check_non_negative("weight", weight)
     encoded, encode_aux = _split_aux(encode(x), has_aux, "encode")
+    if isinstance(encoded, (tuple, list)):
+        raise ValueError(f"encode must return one array z [n, *latent], got a {type(encoded).__name__}.")
     z = check_batch("encode(x)", encoded).astype(x.dtype)
     if z.shape[0] != x.shape[0]:
         raise ValueError(f"encode must return shape [n, *latent] with n = {x.shape[0]}, got {z.shape}.")
