@@ -163,7 +163,7 @@ def as_markdown(config: Config, results: dict) -> str:
         f"`python -m benchmarks.ica --seeds {config.seeds} --overcomplete-seeds {config.overcomplete_seeds}`, seeds 0 "
         f"to {config.seeds - 1}, {results['cores']} CPU cores, jax {results['versions']['jax']}, scikit-learn "
         f"{results['versions']['scikit-learn']}, python-picard {results['versions']['python-picard']}. X = 20, Z = 10, "
-        "no noise. Errors are means over data sets; where a ratio to FastICA is above 1, FastICA is better. Seconds are "
+        "no noise. Errors are means over data sets; where a ratio to FastICA exceeds 1, FastICA is better. Seconds are "
         "medians of warm fits; the first fit compiles.",
         "",
         "| sources | N | method | raw | direction | direction / FastICA | failed | warm s | warm / FastICA | first s |",
