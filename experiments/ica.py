@@ -64,7 +64,7 @@ class Config:
     sources: int = 10
     """Z, number of sources."""
     gammas: tuple[float, ...] = (0.001, 0.01, 0.1, 0.3, 1.0)
-    """Standard deviations of the observation noise, in units of the entries of A."""
+    """Standard deviations of the observation noise, in units of the entries of A; empty for no such figure."""
     sweeps: int = 800
     """EM steps."""
     samples: int = 64
@@ -285,9 +285,10 @@ def compare(config: Config, run, say) -> dict:
     rows = [{**setting, **found} for setting, found in zip(todo, done, strict=True)]
     _launch.save_csv(rows, run.path / "fits.csv")
     table = summarise(rows)
-    curves = error_in_time(config)
     draw_errors(config, table, run.save_figure_path("errors.png"))
-    draw_time(config, curves, run.save_figure_path("time.png"))
+    curves = error_in_time(config) if config.gammas else []
+    if curves:
+        draw_time(config, curves, run.save_figure_path("time.png"))
     text = as_table(config, table)
     (run.path / "table.md").write_text(text, encoding="utf-8")
     say(f"\n{text}")
@@ -395,10 +396,13 @@ def draw_errors(config: Config, table: list[dict], path: Path) -> None:
     """Error against noise, raw and direction, and against size."""
     from matplotlib.figure import Figure
 
-    with_size = bool(config.sizes)
-    figure = Figure(figsize=(13.5 if with_size else 9.5, 4.4), layout="constrained")
-    panels = figure.subplots(1, 3 if with_size else 2)
-    for axes, kind in zip(panels, ("raw", "direction"), strict=False):
+    num_panels = 2 * bool(config.gammas) + bool(config.sizes)
+    figure = Figure(figsize=(1 + 4.2 * num_panels, 4.4), layout="constrained")
+    panels = list(figure.subplots(1, num_panels, squeeze=False)[0])
+    panels[0].set_ylabel("mean |A_est − A| / |A|")
+    first = panels[0]
+    for kind in ("raw", "direction") if config.gammas else ():
+        axes = panels.pop(0)
         _draw_methods(axes, [row for row in table if row["figure"] == "noise"], "gamma", kind)
         bound = cramer_rao(config.num_examples, config.sources, kind=kind)
         axes.axhline(bound, color="black", linestyle="--", linewidth=1, label="Cramér-Rao bound, γ = 0")
@@ -408,20 +412,18 @@ def draw_errors(config: Config, table: list[dict], path: Path) -> None:
             f"{config.runs} data sets",
             fontsize=10,
         )
-    panels[0].set_ylabel("mean |A_est − A| / |A|")
-    panels[0].legend(frameon=False, fontsize=8)
-    if with_size:
-        axes = panels[2]
+    for axes in panels:
         _draw_methods(axes, [row for row in table if row["figure"] == "size"], "count", "raw")
         counts = np.geomspace(min(config.sizes), max(config.sizes), 50)
         bound = [cramer_rao(count, config.size_sources, kind="raw") for count in counts]
-        axes.plot(counts, bound, color="black", linestyle="--", linewidth=1)
+        axes.plot(counts, bound, color="black", linestyle="--", linewidth=1, label="Cramér-Rao bound, γ = 0")
         axes.set_xlabel("examples N")
         axes.set_title(
             f"raw error, X={config.size_dimensions}, Z={config.size_sources}, γ={config.size_gamma:g}, "
             f"{config.size_runs} data sets",
             fontsize=10,
         )
+    first.legend(frameon=False, fontsize=8)
     _launch.save_figure(figure, path)
 
 
@@ -740,7 +742,9 @@ def check_config(config: Config) -> None:
     )
     _launch.require_at_least(config, 4, "patch")
     if config.preset in ("small", "published"):
-        if not config.gammas or min(config.gammas) <= 0:
+        if not config.gammas and not config.sizes:
+            raise _launch.UsageError("--gammas and --sizes are both empty: nothing to do.")
+        if min(config.gammas, default=1) <= 0:
             raise _launch.UsageError(f"--gammas must be positive numbers, got {config.gammas}.")
         if config.sources > config.dimensions or config.size_sources > config.size_dimensions:
             raise _launch.UsageError("--sources must be at most --dimensions; --preset overcomplete takes more.")

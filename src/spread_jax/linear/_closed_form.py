@@ -43,14 +43,13 @@ def score_table(source: Source, model_scale: jax.Array, data_scale: jax.Array, d
     grid = wide[margin : margin + _POINTS]
     psi = source.spread_score(wide[None, :], s[:, None])
 
-    def smooth(psi, d):
-        terms = (
-            weight * _interpolate(psi, (grid + node * d - wide[0]) / _STEP)[0]
-            for node, weight in zip(_NODES, _WEIGHTS / _WEIGHTS.sum(), strict=True)
-        )
-        return sum(terms)
+    def add(total, node_and_weight):
+        node, weight = node_and_weight
+        position = (grid + node * d[:, None] - wide[0]) / _STEP
+        return total + weight * jax.vmap(_interpolate)(psi, position)[0], None
 
-    return jax.vmap(smooth)(psi, d)
+    nodes = jnp.asarray(_NODES, dtype), jnp.asarray(_WEIGHTS / _WEIGHTS.sum(), dtype)
+    return jax.lax.scan(add, jnp.zeros((len(d), _POINTS), dtype), nodes)[0]
 
 
 def _interpolate(row, position):

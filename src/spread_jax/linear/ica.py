@@ -55,6 +55,7 @@ _ITERATIONS = {"closed_form": 200, "natural_gradient": 80, "spread_em": 500, "em
 _SAMPLES = {"natural_gradient": 8, "spread_em": 1000, "em": 1000}
 # EM steps between two looks at the gradient, and those that a look averages over.
 _BETWEEN_LOOKS, _LOOK = 35, 15
+_GIBBS_STEP = 0.5
 _LOOK_ROWS, _LOOK_SAMPLES = 2048, 64  # of the deviations that the gradient is measured in
 
 
@@ -622,7 +623,7 @@ def _fit_gibbs(x, start, source, noise_scale, observation_scale, key, *, max_ite
 
     def step(carry, t):
         mixing, z, mean, gradient = carry
-        step_size = jnp.where(t < max_iterations - last, 0.5, 0.1).astype(x.dtype)
+        step_size = jnp.where(t < max_iterations - last, _GIBBS_STEP, 0.1).astype(x.dtype)
         mixing, z, f = _gibbs_update(mixing, z, y, variance, source, step_size, jax.random.fold_in(key, t))
         share = jnp.where(t < max_iterations - last, 0, 1 / last).astype(x.dtype)
         return (mixing, z, mean + share * mixing, gradient + share * f), None
