@@ -1,5 +1,11 @@
-"""Evaluation: distances between sets of features, sharpness, pictures of a run."""
+"""Evaluation: bounds with standard errors, distances between sets of features, pictures of a run."""
 
+from spread_jax.evaluation.bounds import (
+    AnnealedEstimate,
+    HeldOutBound,
+    annealed_importance_sampling,
+    held_out_bound,
+)
 from spread_jax.evaluation.distances import (
     Moments,
     PrecisionRecall,
@@ -14,10 +20,14 @@ from spread_jax.evaluation.distances import (
 from spread_jax.evaluation.plots import image_grid, save_curves, save_image
 
 __all__ = [
+    "AnnealedEstimate",
+    "HeldOutBound",
     "Moments",
     "PrecisionRecall",
+    "annealed_importance_sampling",
     "frechet_distance",
     "frechet_infinity",
+    "held_out_bound",
     "image_grid",
     "kernel_distance",
     "nearest_neighbours",
