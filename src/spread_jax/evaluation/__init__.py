@@ -17,11 +17,21 @@ from spread_jax.evaluation.distances import (
     relative_sharpness,
     sharpness,
 )
+from spread_jax.evaluation.features import (
+    FeatureNetwork,
+    FeaturesError,
+    InceptionFeatures,
+    inception_features,
+    train_features,
+)
 from spread_jax.evaluation.plots import image_grid, save_curves, save_image
 
 __all__ = [
     "AnnealedEstimate",
+    "FeatureNetwork",
+    "FeaturesError",
     "HeldOutBound",
+    "InceptionFeatures",
     "Moments",
     "PrecisionRecall",
     "annealed_importance_sampling",
@@ -29,6 +39,7 @@ __all__ = [
     "frechet_infinity",
     "held_out_bound",
     "image_grid",
+    "inception_features",
     "kernel_distance",
     "nearest_neighbours",
     "precision_recall_density_coverage",
@@ -36,4 +47,5 @@ __all__ = [
     "save_curves",
     "save_image",
     "sharpness",
+    "train_features",
 ]
