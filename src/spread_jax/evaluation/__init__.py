@@ -1,4 +1,4 @@
-"""Evaluation: bounds with standard errors, distances between sets of features, pictures of a run."""
+"""Evaluation: bounds with standard errors, distances between sets of features, pictures and reports."""
 
 from spread_jax.evaluation.bounds import (
     AnnealedEstimate,
@@ -25,6 +25,7 @@ from spread_jax.evaluation.features import (
     train_features,
 )
 from spread_jax.evaluation.plots import image_grid, save_curves, save_image
+from spread_jax.evaluation.report import write_report
 
 __all__ = [
     "AnnealedEstimate",
@@ -48,4 +49,5 @@ __all__ = [
     "save_image",
     "sharpness",
     "train_features",
+    "write_report",
 ]

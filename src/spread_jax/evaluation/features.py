@@ -42,7 +42,8 @@ class FeatureNetwork:
     """Features by a small convolutional network, made by `train_features` or `load`.
 
     Four 3x3 stride-2 convolutions of width, 2 width, 4 width and 8 width channels; the features are the means over
-    pixels of the last two, centred and scaled to unit variance over the images of the training.
+    pixels of the last two, centred and divided by one number, so that their variance over the images of the training
+    is 1 on average.
 
     Args:
       params: named float32 arrays.
@@ -73,6 +74,11 @@ class FeatureNetwork:
     def name(self) -> str:
         """For people."""
         return f"a network trained on {self.config['data']}"
+
+    @property
+    def dimension(self) -> int:
+        """d, features of an image."""
+        return 12 * self.config["width"]
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -209,14 +215,11 @@ def train_features(
 
     kept = {name: np.asarray(value) for name, value in params.items() if name.startswith("conv")}
     some = np.sort(chance.choice(shape[0], min(shape[0], 4096), replace=False))
-    raw = [
-        np.asarray(_features(kept, _to_unit(images[part]))) for part in np.array_split(some, -(-len(some) // _BATCH))
-    ]
-    raw = np.concatenate(raw).astype(np.float64)
-    # A feature that never varies stays as it is: zero.
-    deviation = raw.std(axis=0)
+    kept |= {"mean": np.float32(0), "scale": np.float32(1)}
+    raw = FeatureNetwork(kept, {"image_shape": shape[1:]})(np.asarray(images[some])).astype(np.float64)
+    # One scale for all: one for each would blow up features that hardly vary, and whatever is unlike the data there.
     kept["mean"] = raw.mean(axis=0).astype(np.float32)
-    kept["scale"] = np.where(deviation > 1e-6, deviation, 1.0).astype(np.float32)
+    kept["scale"] = np.float32(max(math.sqrt(raw.var(axis=0).mean()), 1e-6))
     averages = {name: float(np.mean([float(m[name]) for m in recent])) for name in recent[0]}
     config = {
         "data": data,
