@@ -189,9 +189,10 @@ def train_features(
         raise ValueError(f"labels must be integers [{shape[0]}], got {labels.dtype} {np.shape(labels)}.")
     batch_size = min(batch_size, shape[0])
     num_labels = 0 if labels is None else int(labels.max()) + 1
-    init_key, order_key, step_key = jax.random.split(key, 3)
+    order_key, step_key = jax.random.split(key)
+    chance = np.random.default_rng(np.asarray(jax.random.key_data(order_key)).ravel())
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps, alpha=0.02))
-    params = _initial_params(init_key, shape[3], width, num_labels)
+    params = _initial_params(chance, shape[3], width, num_labels)
     opt_state = optimizer.init(params)
 
     @jax.jit
@@ -201,7 +202,6 @@ def train_features(
         updates, opt_state = optimizer.update(gradient, opt_state)
         return optax.apply_updates(params, updates), opt_state, metrics
 
-    chance = np.random.default_rng(np.asarray(jax.random.key_data(order_key)).ravel())
     recent: list[dict] = []
     for index in range(num_steps):
         rows = np.sort(chance.choice(shape[0], batch_size, replace=False))
@@ -348,16 +348,17 @@ def _to_unit(images):
 # --- the network: plain functions of a dictionary of arrays, so that this folder needs no network library
 
 
-def _initial_params(key: jax.Array, channels: int, width: int, num_labels: int) -> dict[str, jax.Array]:
+def _initial_params(chance: np.random.Generator, channels: int, width: int, num_labels: int) -> dict[str, np.ndarray]:
+    """Drawn on the host: a shape each would cost JAX a compilation each."""
+    normal = lambda *shape: chance.standard_normal(shape, np.float32)
     params = {}
     sizes = [channels, width, 2 * width, 4 * width, 8 * width]
-    keys = jax.random.split(key, 7)
     for i, (before, after) in enumerate(itertools.pairwise(sizes)):
-        params[f"conv{i}"] = math.sqrt(2 / (9 * before)) * jax.random.normal(keys[i], (3, 3, before, after))
-        params[f"conv{i}_bias"] = jnp.zeros(after)
+        params[f"conv{i}"] = normal(3, 3, before, after) * np.float32(math.sqrt(2 / (9 * before)))
+        params[f"conv{i}_bias"] = np.zeros(after, np.float32)
     heads = {"rotation": 4, "view": _PROJECTION} | ({"label": num_labels} if num_labels else {})
-    for head_key, (name, outputs) in zip(keys[4:], heads.items(), strict=False):
-        params[name] = jax.random.normal(head_key, (12 * width, outputs)) / math.sqrt(12 * width)
+    for name, outputs in heads.items():
+        params[name] = normal(12 * width, outputs) / np.float32(math.sqrt(12 * width))
     return params
 
 
