@@ -111,6 +111,14 @@ def test_extrapolation_removes_the_bias_and_its_error_is_the_spread_over_draws(c
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values, ddof=1), rel=0.45)
 
 
+def test_extrapolation_with_fewer_examples_than_dimensions_is_the_same(chance, key):
+    """Columns of zeros change no distance, but make n smaller than d."""
+    p, q = chance.standard_normal((2, 80, 5))
+    few = frechet_infinity(p, q, key=key)
+    many = frechet_infinity(*(np.pad(f, ((0, 0), (0, 100))) for f in (p, q)), key=key)
+    np.testing.assert_allclose(many, few, rtol=1e-6, atol=1e-8)
+
+
 # --- kernel distance
 
 

@@ -437,6 +437,20 @@ def _square_root(covariance: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
 
+def _frechet_distance_of(p: np.ndarray, q: np.ndarray) -> float:
+    """The Fréchet distance of two sets of n features, by [n, n] matrices where they are smaller than [d, d].
+
+    With centred features X / sqrt(n - 1) in place of the covariances' roots, the singular values of X_p X_q^T are
+    those of C_p^{1/2} C_q^{1/2}.
+    """
+    if len(p) >= p.shape[1]:
+        return frechet_distance(Moments.of(p), Moments.of(q))
+    first, second = ((f - f.mean(axis=0)) / math.sqrt(len(f) - 1) for f in (p, q))
+    shared = np.linalg.svd(first @ second.T, compute_uv=False).sum()
+    total = np.square(p.mean(axis=0) - q.mean(axis=0)).sum() + np.square(first).sum() + np.square(second).sum()
+    return float(total - 2 * shared)
+
+
 def _extrapolate(p: np.ndarray, q: np.ndarray, num_sizes: int) -> float:
     """The intercept of the weighted line through (1 / n, mean distance of disjoint subsets of n)."""
     count = len(p)
@@ -445,7 +459,7 @@ def _extrapolate(p: np.ndarray, q: np.ndarray, num_sizes: int) -> float:
     for size in sizes:
         parts = count // size
         subsets = [slice(i * size, (i + 1) * size) for i in range(parts)]
-        distances.append(np.mean([frechet_distance(Moments.of(p[s]), Moments.of(q[s])) for s in subsets]))
+        distances.append(np.mean([_frechet_distance_of(p[s], q[s]) for s in subsets]))
         weights.append(parts * size)  # the variance of a distance falls like 1 / n, that of their mean by parts
     return float(np.polyfit(1 / sizes, distances, 1, w=np.sqrt(weights))[1])
 
