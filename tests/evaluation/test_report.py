@@ -117,6 +117,7 @@ def test_everything_is_there_and_nothing_comes_from_outside(run):
     np.testing.assert_allclose(levels(page), expected, atol=1)
     for shown in ("-800.5 ± 6.494", "162,770", "at point KL 0.5", "kernel distance 0.5 ± 0.125", "not given", "no"):
         assert shown in page.text
+    assert "standard error" not in page.text  # it stands behind its number
     assert "points of interest" in page.text
     assert page.text.count("celeba demo seed 3") == 2  # title and heading
     assert [p.name for p in run.glob(".*")] == []
