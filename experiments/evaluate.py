@@ -12,9 +12,9 @@ Adds `evaluation` to the run's results.json, draws neighbours.png and writes rep
   importance_bound     on the spread log-likelihood of held-out images, nats per example at the run's final sigma
   memorised_share      of samples nearer to a training image than 99 % of the held-out images are: expect 0.01
 
-Features of the run's own data are trained once for each data set, about 3 minutes on 2 cores, see
-`experiments.features`. Distances compare only where `features_fingerprint` is the same. Without them, expect half a
-minute for the demo's 1,000 held-out images.
+Features of the run's own data are trained once for each data set, a few minutes on 2 cores, see
+`experiments.features`. Distances compare only where `features_fingerprint` is the same. The rest takes about a minute
+for the demo. Expect a distance that falls as training goes on, and stays well above real_frechet_distance.
 """
 
 from __future__ import annotations
@@ -134,7 +134,13 @@ def find_features(config: Config, train: Dataset, cache_dir: str | None, say) ->
     if config.features == "inception":
         return inception_features()
     if config.features is not None:
-        return FeatureNetwork.load(config.features)
+        network = FeatureNetwork.load(config.features)
+        if network.image_shape != train.image_shape:
+            raise _launch.UsageError(
+                f"{config.features} takes images {network.image_shape}, the run's are {train.image_shape}: pass "
+                "features that were trained on its data, or leave --features out."
+            )
+        return network
     path = feature_training.default_path(train, cache_dir)
     if path.exists():
         return FeatureNetwork.load(path)

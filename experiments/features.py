@@ -1,6 +1,6 @@
 """Trains the small network whose features the distances of `experiments.evaluate` are taken in.
 
-  python -m experiments.features --data PATH      about 3 minutes on 2 cores, seconds on a GPU
+  python -m experiments.features --data PATH      a few minutes on 2 cores
 
 The network learns, on the training images, to tell quarter turns apart, to recognise an image in two crops, and the
 labels where there are labels. It is written as features/<data>-<fingerprint>.npz in the cache's folder, where
