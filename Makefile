@@ -7,7 +7,8 @@ CELEBA ?= celeb_a
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample deltas bias manifold pca ica bench-ica test test-fast lint format package clean
+.PHONY: help demo train-celeba sample evaluate features runs deltas bias manifold pca ica bench-ica test test-fast lint \
+  format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +23,16 @@ train-celeba: $(VENV)/.data ## Train on CelebA: CELEBA=folder or zip, PRESET=sma
 sample: $(VENV)/.train ## Draw samples from a finished run: RUN_DIR=runs/celeba/demo-0
 	@test -n "$(RUN_DIR)" || { echo 'Name the run: make sample RUN_DIR=runs/celeba/demo-0'; exit 2; }
 	$(RUN) -m experiments.sample "$(RUN_DIR)" $(ARGS)
+
+evaluate: $(VENV)/.train ## Distances, bounds and a report of a finished run: RUN_DIR=runs/celeba/demo-0
+	@test -n "$(RUN_DIR)" || { echo 'Name the run: make evaluate RUN_DIR=runs/celeba/demo-0'; exit 2; }
+	$(RUN) -m experiments.evaluate "$(RUN_DIR)" $(ARGS)
+
+features: $(VENV)/.train ## Train the features that distances are taken in: ARGS="--data path"
+	$(RUN) -m experiments.features $(ARGS)
+
+runs: $(VENV)/.train ## List the runs below runs/ with their key numbers
+	@$(RUN) -m experiments.runs $(ARGS)
 
 deltas: $(VENV)/.train ## Two point masses: every divergence exactly and estimated, finite where KL is not; a figure in seconds
 	$(RUN) -m experiments.deltas $(ARGS)

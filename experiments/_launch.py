@@ -114,11 +114,12 @@ def versions() -> dict[str, str]:
 def run(main: Callable[[], int | None]) -> None:
     """Runs an experiment; what a user can cause ends with a sentence on stderr, not a traceback."""
     from spread_jax.data import DatasetError
+    from spread_jax.evaluation import FeaturesError
     from spread_jax.training import CheckpointError, NonFiniteLossError, RunDirectoryError
 
     try:
         code = main()
-    except (DatasetError, CheckpointError, NonFiniteLossError, RunDirectoryError, UsageError) as error:
+    except (DatasetError, FeaturesError, CheckpointError, NonFiniteLossError, RunDirectoryError, UsageError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         code = 1
     except BrokenPipeError:
@@ -163,6 +164,7 @@ def run_once(
       compute: (run directory, say) -> the results; what belongs to every result is added here.
       keep_metrics: whether metrics logged before an interruption stay, for `compute` to resume from.
     """
+    from spread_jax.evaluation import write_report
     from spread_jax.training import RunDirectory
 
     name = Path(sys.modules[type(config).__module__].__file__).stem
@@ -187,7 +189,8 @@ def run_once(
             "versions": versions(),
         }
         run.write_results(results)
-        say(f"results and figure: {run.path}")
+        write_report(run.path)
+        say(f"results, figure and report: {run.path}")
         print_result(results)
     return 0
 

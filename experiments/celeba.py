@@ -28,7 +28,7 @@ import optax
 from experiments import _launch
 from spread_jax import GaussianNoise, spread_elbo
 from spread_jax.data import Dataset, Loader, open_dataset
-from spread_jax.evaluation import image_grid, save_curves, save_image
+from spread_jax.evaluation import image_grid, save_curves, save_image, write_report
 from spread_jax.nn import Encoder64, Generator64
 from spread_jax.training import (
     Checkpointer,
@@ -115,6 +115,8 @@ class Config:
     """Checkpoints to keep, besides the best."""
     held_out_examples: int = 500
     """Images of the test split in the final evaluation, of the validation split in the ones before."""
+    report_real_images: bool = True
+    """Show images of the data set in report.html, as the reconstructions do."""
     quiet: bool = False
     """Print only the RESULT line and errors."""
 
@@ -166,6 +168,7 @@ RESUMABLE = (
     "save_every",
     "keep",
     "held_out_examples",
+    "report_real_images",
     "quiet",
 )
 
@@ -513,7 +516,8 @@ def _train_and_report(config, run, saver, datasets, loader, say) -> int:
         "versions": _launch.versions(),
     }
     run.write_results(results)
-    say(f"figures: {run.path}/samples.png, reconstructions.png, interpolations.png, curves.png")
+    write_report(run.path, real_images=config.report_real_images)
+    say(f"figures: {run.path}/samples.png, reconstructions.png, interpolations.png, curves.png; all in report.html")
     _launch.print_result(results)
     return 0
 

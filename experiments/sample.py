@@ -17,7 +17,7 @@ import tyro
 from experiments import _launch
 from experiments.celeba import Config, Model
 from spread_jax.evaluation import image_grid, save_image
-from spread_jax.training import Checkpointer
+from spread_jax.training import Checkpointer, TrainState
 
 BATCH = 64
 
@@ -42,8 +42,8 @@ class SampleConfig:
     """Samples in a row of the grid; about the square root of their number if not given."""
 
 
-def load_generator(run: Path, step: int | None = None) -> tuple[Model, object, int]:
-    """The model of a run, its averaged generator variables, and the step they are from."""
+def load_run(run: Path, step: int | None = None) -> tuple[Model, TrainState]:
+    """The model of a run and its state, of the newest sound checkpoint if no step is given."""
     config_path = run / "config.json"
     if not config_path.is_file():
         raise _launch.UsageError(
@@ -62,7 +62,13 @@ def load_generator(run: Path, step: int | None = None) -> tuple[Model, object, i
         restored = checkpointer.restore(jax.eval_shape(model.initial_state), step=step)
         if restored is None:
             raise _launch.UsageError(f"{run} has no checkpoint yet: train it for longer, or name another run.")
-    return model, restored.state.ema, restored.step
+    return model, restored.state
+
+
+def load_generator(run: Path, step: int | None = None) -> tuple[Model, object, int]:
+    """The model of a run, its averaged generator variables, and the step they are from."""
+    model, state = load_run(run, step)
+    return model, state.ema, int(state.step)
 
 
 def draw(model: Model, variables, *, num: int, seed: int) -> np.ndarray:

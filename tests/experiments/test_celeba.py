@@ -134,6 +134,8 @@ def test_a_run_leaves_everything_it_promises(unbroken):
     assert results["versions"]["jax"] == jax.__version__
     for name in ("samples.png", "reconstructions.png", "interpolations.png", "curves.png", "samples/step_000006.png"):
         assert size_of(workdir / name) > (60, 60)
+    page = (workdir / "report.html").read_text()
+    assert page.count("<img") == 2 + 3  # two grids of samples over time, curves, reconstructions, interpolations
     assert list((workdir / "tensorboard").iterdir())
     assert json.loads((workdir / "config.json").read_text())["latent_dim"] == 3
     steps = [line["step"] for line in recorded(workdir) if "elbo" in line]

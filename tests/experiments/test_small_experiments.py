@@ -30,6 +30,7 @@ def run(module, workdir, capsys, **settings):
     assert results == json.loads((workdir / "results.json").read_text())
     assert json.loads((workdir / "config.json").read_text())["seed"] == results["seed"]
     assert results["versions"]["jax"] == jax.__version__
+    assert 'id="figures"' in (workdir / "report.html").read_text()
     return results, err
 
 

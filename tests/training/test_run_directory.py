@@ -401,6 +401,31 @@ def test_results_finish_a_run(tmp_path):
         assert not run.finished  # torn by something other than this library
 
 
+def test_a_finished_run_is_reopened_and_its_results_added_to(tmp_path):
+    with open_run(tmp_path, {"seed": 5}) as run:
+        with pytest.raises(RunDirectoryError, match="is not finished: it has no results yet"):
+            run.update_results({"a": 1})
+        assert not run.finished
+        run.write_results({"steps": 3, "a": 0})
+    with RunDirectory.reopen(tmp_path) as run:
+        assert run.config == {"seed": 5}
+        with pytest.raises(RunDirectoryError, match=f"process {os.getpid()} "):  # it holds the lock
+            RunDirectory.reopen(tmp_path)
+        run.update_results({"a": 1, "evaluation": {"distance": np.float64(2.5)}})
+    assert json.loads((tmp_path / "results.json").read_text()) == {"steps": 3, "a": 1, "evaluation": {"distance": 2.5}}
+
+
+def test_only_a_run_is_reopened(tmp_path):
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(RunDirectoryError, match=r"has no config\.json\. Name the folder"):
+            RunDirectory.reopen(path)
+    assert list(tmp_path.iterdir()) == []
+    for text, message in (("{", "cannot be read"), ("[1]", "holds no mapping")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(RunDirectoryError, match=message):
+            RunDirectory.reopen(tmp_path)
+
+
 def test_figures(tmp_path):
     with open_run(tmp_path) as run:
         assert run.save_figure_path("samples") == tmp_path / "samples.png"

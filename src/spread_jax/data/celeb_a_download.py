@@ -6,12 +6,11 @@ import contextlib
 import hashlib
 import http.client
 import os
-import socket
-import threading
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from spread_jax._network import why_unreachable
 from spread_jax.data import tfds_directory
 from spread_jax.data.celeb_a import ARCHIVE, PARTITION
 from spread_jax.data.errors import DatasetError
@@ -22,7 +21,6 @@ _FILES = {
     PARTITION: ("0B7EVK8r0v71pY0NSMzRuSXJEVkk", "d32c9cbf5e040fd4025c592c306e6668"),
     ARCHIVE: ("0B7EVK8r0v71pZjFTYXZWM3FlRnM", "00d2c5bc6d35e252742224ab0c1e8fcb"),
 }
-_PREFLIGHT_SECONDS = 2.0
 _READ_SECONDS = 20.0
 
 
@@ -55,30 +53,11 @@ def _by_hand(folder: Path) -> str:
 
 
 def _preflight(folder: Path) -> None:
-    """Fail within two seconds where there is no network.
-
-    Looking up a host's name has no timeout of its own, hence the thread.
-    """
-    host, port = _HOST, 443
-    if proxy := urllib.request.getproxies().get("https"):
-        parts = urllib.parse.urlsplit(proxy if "://" in proxy else f"//{proxy}")
-        host, port = parts.hostname or _HOST, parts.port or 80
-    reached, reason = threading.Event(), [f"no answer in {_PREFLIGHT_SECONDS:.0f} seconds"]
-
-    def connect() -> None:
-        try:
-            socket.create_connection((host, port), _PREFLIGHT_SECONDS).close()
-            reason.clear()
-        except OSError as error:
-            reason[:] = [str(error)]
-        reached.set()
-
-    threading.Thread(target=connect, daemon=True).start()
-    reached.wait(_PREFLIGHT_SECONDS)
-    if why := list(reason):
+    """Fail within two seconds where there is no network."""
+    if why := why_unreachable(_HOST):
         raise DatasetError(
             f"CelebA is neither prepared nor downloaded under {tfds_directory.data_dir()}, and "
-            f"{host} cannot be reached ({why[0]}). {_by_hand(folder)}"
+            f"{_HOST} cannot be reached ({why}). {_by_hand(folder)}"
         )
 
 

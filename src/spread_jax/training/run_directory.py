@@ -140,6 +140,44 @@ class RunDirectory:
             lock.close()
             raise
 
+    @classmethod
+    def reopen(cls, path: str | os.PathLike[str], *, log: Callable[[str], None] | None = None) -> RunDirectory:
+        """Opens and locks the folder of a run as it is, with the configuration it was started with.
+
+        For what comes after training and has settings of its own, such as an evaluation.
+
+        Args:
+          path: the folder.
+          log: as in ``open``.
+
+        Returns:
+          The open folder.
+
+        Raises:
+          RunDirectoryError: the folder is not that of a run, its configuration is damaged, or another
+            process uses it.
+
+        Example:
+          >>> import tempfile
+          >>> workdir = tempfile.mkdtemp()
+          >>> RunDirectory.open(workdir, {"seed": 3}).close()
+          >>> with RunDirectory.reopen(workdir) as run:
+          ...     run.config
+          {'seed': 3}
+        """
+        folder = Path(path).expanduser().absolute()
+        try:
+            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise RunDirectoryError(
+                f"{folder} is not a run's folder: it has no config.json. Name the folder a run printed."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(f"{folder / 'config.json'} cannot be read: {reason(error)}") from error
+        if not isinstance(saved, dict):
+            raise RunDirectoryError(f"{folder / 'config.json'} is damaged: it holds no mapping.")
+        return cls(folder, saved, _lock(folder), log=log or _print_to_stderr, tensorboard=False)
+
     def __enter__(self) -> RunDirectory:
         return self
 
@@ -337,6 +375,43 @@ class RunDirectory:
             write_atomically(self.path / "results.json", text)
         except OSError as error:
             raise _cannot_write(self.path / "results.json", error) from error
+
+    def update_results(self, results: Mapping[str, Any]) -> None:
+        """Adds to the results of a finished run, or replaces those of the same names.
+
+        Args:
+          results: as in ``write_results``.
+
+        Raises:
+          RunDirectoryError: the run is not finished, or as ``write_results``.
+
+        Example:
+          >>> import tempfile
+          >>> with RunDirectory.open(tempfile.mkdtemp(), {}) as run:
+          ...     run.write_results({"error": 0.01})
+          ...     run.update_results({"distance": 3.5})
+          ...     run.results
+          {'error': 0.01, 'distance': 3.5}
+        """
+        self.require_finished()
+        self.write_results({**self.results, **results})
+
+    def require_finished(self) -> None:
+        """Refuses a run without results.
+
+        Raises:
+          RunDirectoryError: the run is not finished; the message says how to finish it.
+
+        Example:
+          >>> import tempfile
+          >>> with RunDirectory.open(tempfile.mkdtemp(), {}) as run:
+          ...     run.write_results({})
+          ...     run.require_finished()
+        """
+        if not self.finished:
+            raise RunDirectoryError(
+                f"the run in {self.path} is not finished: it has no results yet. Repeat its command to finish it."
+            )
 
     def save_figure_path(self, name: str) -> Path:
         """The path of a figure in this folder.
