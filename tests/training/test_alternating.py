@@ -80,7 +80,12 @@ def test_the_phase_is_a_function_of_the_step():
     assert turns == [False, False, False, True, True] * 2
     np.testing.assert_array_equal(jax.jit(jax.vmap(schedule.ascending))(jnp.arange(10)), turns)
     assert [bool(schedule.begins_ascent(step)) for step in range(10)] == [False, False, False, True, False] * 2
+    np.testing.assert_array_equal(jax.vmap(schedule.descents)(jnp.arange(11)), np.cumsum([0, *(not t for t in turns)]))
+    for descents in range(1, 8):
+        steps = schedule.steps_for(descents)
+        assert (schedule.descents(steps), schedule.descents(steps - 1)) == (descents, descents - 1)
     never = AscentSchedule(descent_steps=3, ascent_steps=0)
+    assert (never.descents(7), never.steps_for(7)) == (7, 7)
     assert not any(never.ascending(step) or never.begins_ascent(step) for step in range(10))
     for settings, message in (((0, 2), "descent_steps must be at least 1"), ((1, -1), "ascent_steps must be at least")):
         with pytest.raises(ValueError, match=message):

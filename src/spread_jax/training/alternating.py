@@ -69,6 +69,17 @@ class AscentSchedule:
         """Whether that step is the first of its ascent."""
         return (self._place(step) == self.descent_steps) & (self.ascent_steps > 0)
 
+    def descents(self, step: jax.Array | int) -> jax.Array | int:
+        """How many of the first `step` steps are the model's."""
+        period = self.descent_steps + self.ascent_steps
+        place = self._place(step)
+        surplus = (place - self.descent_steps) * (place > self.descent_steps)
+        return step // period * self.descent_steps + place - surplus
+
+    def steps_for(self, descents: int) -> int:
+        """The steps of both players in which the model takes `descents`, the last of them its own."""
+        return descents + (descents - 1) // self.descent_steps * self.ascent_steps
+
     def _place(self, step):
         return step % (self.descent_steps + self.ascent_steps)
 
@@ -175,8 +186,8 @@ def make_alternating_step(
 
     Args:
       loss: minimised over `params`; its LossOutput holds the new model_state.
-      divergence: maximised over `noise_params`; its LossOutput holds, as model_state, the new noise_state. It
-        must rest on a constraint, for noise without one vanishes: see `LowRankGaussianNoise.with_volume` and
+      divergence: maximised over `noise_params`; its LossOutput holds, as model_state, the new noise_state, which is
+        taken from the evaluation after the update. It must rest on a constraint, for noise without one vanishes: see `LowRankGaussianNoise.with_volume` and
         `spread_jax.nn.InvertibleResidual`.
       optimizer: an Optax transformation for the model.
       noise_optimizer: an Optax transformation for the noise, as for a descent.
@@ -239,11 +250,12 @@ def make_alternating_step(
         downhill = jax.tree.map(jnp.negative, gradient)
         updates, opt_state = noise_optimizer.update(downhill, state.noise_opt_state, state.noise_params)
         noise_params = optax.apply_updates(state.noise_params, updates)
-        gained = (objective(noise_params)[0] - value).astype(state.rise.dtype)
+        after, output_after = objective(noise_params)
+        gained = (after - value).astype(state.rise.dtype)
         new = dataclasses.replace(
             state,
             noise_params=noise_params,
-            noise_state=output.model_state,
+            noise_state=output_after.model_state,  # of the new parameters
             noise_opt_state=opt_state,
             rise=jnp.where(schedule.begins_ascent(state.step), 0.0, state.rise) + gained,
             step=state.step + 1,
