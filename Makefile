@@ -4,14 +4,15 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PRESET ?= small
 CELEBA ?= celeb_a
+DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample deltas bias manifold test test-fast lint format package clean
+.PHONY: help demo train-celeba sample mnist deltas bias manifold test test-fast lint format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\n  Variables: CELEBA=path  PRESET=demo|small|published  RUN_DIR=runs/...  ARGS="--flag value"  PYTHON=python3\n'
+	@printf '\n  Variables: CELEBA=path  DATA=path  PRESET=demo|small|published  RUN_DIR=runs/...  ARGS="--flag value"  PYTHON=python3\n'
 
 demo: $(VENV)/.train ## Train a deterministic generator on synthetic faces, with pictures, in about 5 minutes on 2 cores
 	$(RUN) -m experiments.celeba --preset demo $(ARGS)
@@ -22,6 +23,9 @@ train-celeba: $(VENV)/.data ## Train on CelebA: CELEBA=folder or zip, PRESET=sma
 sample: $(VENV)/.train ## Draw samples from a finished run: RUN_DIR=runs/celeba/demo-0
 	@test -n "$(RUN_DIR)" || { echo 'Name the run: make sample RUN_DIR=runs/celeba/demo-0'; exit 2; }
 	$(RUN) -m experiments.sample "$(RUN_DIR)" $(ARGS)
+
+mnist: $(VENV)/.data ## Fixed and learned noise on digits: DATA=folder of MNIST's idx files, or scikit-learn's digits without it
+	$(RUN) -m experiments.mnist $(if $(DATA),--preset $(PRESET) --data "$(DATA)",--preset demo) $(ARGS)
 
 deltas: $(VENV)/.train ## Two point masses: every divergence exactly and estimated, finite where KL is not; a figure in seconds
 	$(RUN) -m experiments.deltas $(ARGS)

@@ -70,7 +70,7 @@ class Config:
     """The run's folder, with one for each noise inside; runs/mnist/<preset>-<seed> if not given."""
     seed: int = 0
     """Seed of the data order, the initial parameters and the noise."""
-    steps: int = 240
+    steps: int = 300
     """Optimiser steps of the model; a learned noise takes its own between them."""
     batch_size: int = 64
     """Images in a batch."""
@@ -86,7 +86,7 @@ class Config:
     """It is annealed down to this."""
     noise_decay: float = 0.9
     """Factor of each reduction."""
-    noise_decay_every: int = 20
+    noise_decay_every: int = 25
     """Steps of the model between reductions."""
     low_variance: bool = False
     """Evaluate the likelihood at the noise-free image."""
@@ -101,14 +101,14 @@ class Config:
     """Channels inside the invertible residual block (published: 32)."""
     transform_coefficient: float = 0.9
     """Operator norm of each of its convolutions, below 1 (published: 0.1)."""
-    descent_steps: int = 80
+    descent_steps: int = 100
     """Steps of the model between ascents of the noise."""
     ascent_steps: int = 40
     """Steps of the noise in each ascent (published: 1000)."""
-    noise_learning_rate: float = 5e-3
+    noise_learning_rate: float = 2e-3
     """Adam's learning rate for the noise."""
 
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     """Adam's learning rate for the model."""
     final_learning_rate_fraction: float = 0.1
     """Cosine decay to this fraction of the learning rate; 1 for none."""
@@ -124,9 +124,9 @@ class Config:
 
     record_every: int = 10
     """Steps of both players between lines of metrics.jsonl."""
-    sample_every: int = 120
+    sample_every: int = 140
     """Steps of both players between sample grids and held-out evaluations."""
-    save_every: int = 120
+    save_every: int = 140
     """Steps of both players between checkpoints."""
     keep: int = 2
     """Checkpoints to keep of each noise, besides the best."""
@@ -141,19 +141,19 @@ PRESETS = {
     "small": Config(
         preset="small",
         data="mnist",
-        steps=1000,
+        steps=900,
         batch_size=100,
         width=16,
         final_noise_scale=0.3,
         noise_decay_every=80,
-        descent_steps=200,
-        ascent_steps=100,
-        noise_learning_rate=5e-3,
+        descent_steps=180,
+        ascent_steps=90,
+        noise_learning_rate=1e-3,
         learning_rate=1e-3,
         ema_decay=0.99,
-        record_every=20,
-        sample_every=300,
-        save_every=300,
+        record_every=15,
+        sample_every=270,
+        save_every=270,
         held_out_examples=2000,
     ),
     "published": Config(
@@ -264,7 +264,8 @@ class Model:
             params, batch_stats = _train.initial_variables(self.encoder, self.generator, init_key, image, latent)
             noise_params, noise_state = {}, None
             if self.kind == "low_rank":
-                noise_params = {"factor": jax.random.normal(noise_key, (*IMAGE, self.config.rank))}
+                # Columns of about unit length: what is trained has the scale of what is used.
+                noise_params = {"factor": jax.random.normal(noise_key, (*IMAGE, self.config.rank)) / math.sqrt(PIXELS)}
             elif self.kind == "transformed":
                 variables = self.transform.init(noise_key, image)
                 noise_params, noise_state = variables["params"], variables["spectral_stats"]
@@ -605,11 +606,10 @@ def draw_curves(trained: dict[str, tuple], path: Path, title: str) -> None:
     }
     records, panels = [], {}
     for label, name in wanted.items():
-        kinds = [kind for kind in trained if name != "divergence_rise" or kind in LEARNED]
-        if not kinds:
-            continue
-        panels[label] = {f"{kind} {name}": TITLES[kind] for kind in kinds}
-        for kind in kinds:
+        panels[label] = {f"{kind} {name}": TITLES[kind] for kind in trained}
+        for kind in trained:
+            if name == "divergence_rise" and kind not in LEARNED:
+                continue
             records += [{"step": r["step"], f"{kind} {name}": r[name]} for r in trained[kind][3] if name in r]
     save_curves(records, panels, path, title=title)
 
