@@ -30,24 +30,20 @@ import numpy as np
 import optax
 
 from experiments import _launch, _train
-from spread_jax import GaussianNoise, LaplaceNoise, LowRankGaussianNoise, TransformedNoise, spread_elbo
+from experiments._noise import LEARNED, NOISES, NoiseFamily, check_noise_config
+from spread_jax import spread_elbo
 from spread_jax.data import Loader, open_dataset
 from spread_jax.evaluation import image_grid, save_curves, save_image
-from spread_jax.nn import Encoder28, Generator28, InvertibleResidual, check_invertible, lipschitz_bound
+from spread_jax.nn import Encoder28, Generator28, lipschitz_bound
 from spread_jax.training import (
-    AscentSchedule,
     Checkpointer,
     LossOutput,
     RunDirectory,
-    check_noise_range,
     create_alternating_state,
     learning_rate_schedule,
     make_alternating_step,
-    noise_scale_schedule,
 )
 
-NOISES = ("laplace", "gaussian", "low_rank", "transformed")
-LEARNED = ("low_rank", "transformed")
 TITLES = {
     "laplace": "Laplace",
     "gaussian": "Gaussian",
@@ -203,23 +199,11 @@ def check_config(config: Config) -> None:
     """Refuses numbers that cannot work, naming the flag."""
     _launch.require_at_least(
         config, 1, "steps", "batch_size", "latent_dim", "width", "record_every", "sample_every", "save_every", "keep",
-        "held_out_examples", "noise_decay_every", "rank", "transform_features", "descent_steps",
-        "max_noise_entropy_ratio",
+        "held_out_examples",
     )  # fmt: skip
-    _launch.require_at_least(config, 0, "seed", "ascent_steps")
-    _launch.require_positive(config, "factor_scale", "noise_learning_rate", "learning_rate")
-    if not 0 < config.final_noise_scale <= config.noise_scale:
-        raise _launch.UsageError(
-            f"--final-noise-scale must be positive and at most --noise-scale, "
-            f"got {config.final_noise_scale} and {config.noise_scale}."
-        )
-    for name in ("noise_decay", "transform_coefficient"):
-        if not 0 < getattr(config, name) < 1:
-            raise _launch.UsageError(
-                f"--{name.replace('_', '-')} must be between 0 and 1, got {getattr(config, name)}."
-            )
-    if config.rank > PIXELS:
-        raise _launch.UsageError(f"--rank must be at most {PIXELS}, the pixels of an image, got {config.rank}.")
+    _launch.require_at_least(config, 0, "seed")
+    _launch.require_positive(config, "learning_rate")
+    check_noise_config(config, PIXELS)
 
 
 class Model:
@@ -229,25 +213,17 @@ class Model:
         self.config, self.kind = config, kind
         self.encoder = Encoder28(config.latent_dim, width=config.width)
         self.generator = Generator28(width=config.width)
-        self.transform = InvertibleResidual(
-            config.transform_features, coefficient=config.transform_coefficient, num_iterations=5
-        )
-        self.schedule = AscentSchedule(config.descent_steps, config.ascent_steps if kind in LEARNED else 0)
-        self.num_steps = self.schedule.steps_for(config.steps)
-        self._scale = noise_scale_schedule(
-            config.noise_scale, config.final_noise_scale, decay=config.noise_decay, every=config.noise_decay_every
-        )
+        self.noises = NoiseFamily(kind, config, IMAGE)
         rate = learning_rate_schedule(
             config.learning_rate, num_steps=config.steps, final_fraction=config.final_learning_rate_fraction
         )
         self.optimizer = optax.adam(rate, b1=config.beta1)
-        self.noise_optimizer = optax.adam(config.noise_learning_rate, b1=config.beta1)
         self.train_step = make_alternating_step(
             self.loss,
             self.divergence,
             self.optimizer,
-            self.noise_optimizer,
-            self.schedule,
+            self.noises.optimizer,
+            self.noises.schedule,
             ema_decay=config.ema_decay,
             averaged=_train.generator_variables,
         )
@@ -262,63 +238,30 @@ class Model:
             init_key, noise_key, run_key = jax.random.split(key, 3)
             image, latent = jnp.zeros((1, *IMAGE)), jnp.zeros((1, self.config.latent_dim))
             params, batch_stats = _train.initial_variables(self.encoder, self.generator, init_key, image, latent)
-            noise_params, noise_state = {}, None
-            if self.kind == "low_rank":
-                # Columns of about unit length: what is trained has the scale of what is used.
-                noise_params = {"factor": jax.random.normal(noise_key, (*IMAGE, self.config.rank)) / math.sqrt(PIXELS)}
-            elif self.kind == "transformed":
-                variables = self.transform.init(noise_key, image)
-                noise_params, noise_state = variables["params"], variables["spectral_stats"]
+            noise_params, noise_state = self.noises.initial(noise_key)
             return create_alternating_state(
                 params,
                 batch_stats,
                 self.optimizer,
                 noise_params,
                 noise_state,
-                self.noise_optimizer,
+                self.noises.optimizer,
                 key=run_key,
                 averaged=_train.generator_variables,
             )
 
         return jax.jit(create)
 
-    def noise_scale(self, step: Any) -> Any:
-        """The standard deviation after so many steps of both players."""
-        return self._scale(self.schedule.descents(step))
-
-    def noise(self, noise_params: Any, noise_state: Any, step: Any) -> Any:
-        """The spread noise p(y|x) at a step."""
-        scale = self.noise_scale(step)
-        if self.kind == "laplace":
-            return LaplaceNoise(scale / math.sqrt(2))  # of standard deviation `scale`
-        if self.kind == "low_rank":
-            # volume^(1/R) is the geometric mean of the singular values; the volume itself might overflow.
-            factor = noise_params["factor"]
-            unit = LowRankGaussianNoise(scale, factor).with_volume(1.0).factor
-            return LowRankGaussianNoise(scale, self.config.factor_scale * unit)
-        if self.kind == "transformed":
-            variables = {"params": noise_params, "spectral_stats": noise_state}
-            return TransformedNoise(GaussianNoise(scale), jax.tree_util.Partial(self.transform.apply, variables))
-        return GaussianNoise(scale)
-
     def loss(self, params, noise_params, batch_stats, noise_state, batch, *, key, step):
         """Minus the mean spread ELBO of a uint8 batch, in nats per example."""
-        noise = self.noise(noise_params, noise_state, step)
+        noise = self.noises.at(noise_params, noise_state, step)
         elbo, metrics, new_stats = self._bound(params, batch_stats, noise, batch, key, step)
         return -elbo, LossOutput(new_stats, metrics)
 
     def divergence(self, params, noise_params, batch_stats, noise_state, batch, *, key, step):
-        r"""The mean upper bound on KL(p~ || p~_theta) of a uint8 batch, in nats.
-
-        KL = -H(p~) - E log p~_theta <= -H(p~) - ELBO <= -H(p(y|x)) - ELBO, for spreading cannot make an image
-        less uncertain than the noise is: H(p~) = H(p(y|x)) + I(x; y).
-        """
-        if self.kind == "transformed":  # the norms follow the parameters
-            variables = {"params": noise_params, "spectral_stats": noise_state}
-            image = _train.to_unit(batch[:1])
-            _, update = self.transform.apply(variables, image, train=True, mutable=["spectral_stats"])
-            noise_state = update["spectral_stats"]
-        noise = self.noise(noise_params, noise_state, step)
+        """The mean upper bound on KL(p~ || p~_theta) of a uint8 batch, in nats: see `NoiseFamily.metrics`."""
+        noise_state = self.noises.updated(noise_params, noise_state)
+        noise = self.noises.at(noise_params, noise_state, step)
         _, metrics, _ = self._bound(params, batch_stats, noise, batch, key, step)
         return metrics["spread_kl_bound"], LossOutput(noise_state, metrics)
 
@@ -334,27 +277,9 @@ class Model:
             has_aux=True,
         )
         new_stats = {name: a["batch_stats"] for name, a in zip(("encoder", "generator"), auxiliary, strict=True)}
-        elbo, entropy = terms.elbo.mean(), noise.entropy(x)[0]
-        metrics = {
-            "elbo": elbo,
-            "kl": terms.kl.mean(),
-            "spread_kl_bound": -elbo - entropy,
-            "noise_scale": self.noise_scale(step),
-        }
-        if self.kind == "low_rank":
-            metrics["noise_entropy_ratio"] = self._entropy_ratio(noise, entropy, x)
+        elbo = terms.elbo.mean()
+        metrics = {"elbo": elbo, "kl": terms.kl.mean(), **self.noises.metrics(noise, elbo, step)}
         return elbo, metrics, new_stats
-
-    def _entropy_ratio(self, noise, entropy, x):
-        """The entropy L adds, over what it adds with equal singular values, which is the least at its volume."""
-        added = entropy - GaussianNoise(noise.scale).entropy(x)[0]
-        equal = 0.5 * self.config.rank * jnp.log1p(jnp.square(self.config.factor_scale / noise.scale))
-        return added / equal
-
-    def check_noise(self, step: int, metrics: dict[str, float]) -> None:
-        """Stops a run whose learned covariance has left its range."""
-        if self.kind == "low_rank":
-            check_noise_range(step, metrics, {"noise_entropy_ratio": (0.99, self.config.max_noise_entropy_ratio)})
 
     def noise_of(self, state: Any) -> tuple[Any, jax.Array]:
         """The spread noise of a state, and its entropy in nats."""
@@ -363,7 +288,7 @@ class Model:
     @functools.cached_property
     def _noise_and_entropy(self) -> Callable:
         def create(*parts):
-            noise = self.noise(*parts)
+            noise = self.noises.at(*parts)
             return noise, noise.entropy(jnp.zeros((1, *IMAGE)))[0]
 
         return jax.jit(create)
@@ -466,11 +391,11 @@ def transform_numbers(model: Model, state: Any, images: np.ndarray) -> dict[str,
     `image_stretch` the same over pairs of images.
     """
     variables = {"params": state.noise_params, "spectral_stats": state.noise_state}
-    bounds = jax.device_get(lipschitz_bound(model.transform, variables))
+    bounds = jax.device_get(lipschitz_bound(model.noises.transform, variables))
 
     @jax.jit
     def stretches(variables, params, batch_stats, x):
-        f = functools.partial(model.transform.apply, variables)
+        f = functools.partial(model.noises.transform.apply, variables)
         encode = _train.network(model.encoder, "encoder", params, batch_stats, train=False)
         decode = _train.network(model.generator, "generator", params, batch_stats, train=False)
         norm = lambda difference: jnp.sqrt(jnp.square(difference).sum(axis=(1, 2, 3)))
@@ -495,12 +420,7 @@ def train_noise(config: Config, kind: str, workdir: Path, saved: dict, datasets:
     def evaluate(step: int, state: Any) -> tuple[dict[str, float], str]:
         numbers = model.held_out(state, datasets["validation"], key)
         metrics = {f"validation_{name}": value for name, value in numbers.items()}
-        if kind == "transformed":
-            variables = {"params": state.noise_params, "spectral_stats": state.noise_state}
-            try:
-                check_invertible(model.transform, variables)
-            except ValueError as error:
-                raise _launch.UsageError(f"After step {step}: {error}") from None
+        model.noises.check_state(step, state.noise_params, state.noise_state)
         samples = np.asarray(model.generate(state.ema, latents))
         save_image(image_grid(samples, columns=8, scale=2), run.save_figure_path("samples.png"))
         rise = f", last ascent +{float(state.rise):.2f}" if learned else ""
@@ -519,7 +439,7 @@ def train_noise(config: Config, kind: str, workdir: Path, saved: dict, datasets:
             return model, state, run.results, run.read_metrics()
         loader = Loader(datasets["train"], batch_size=config.batch_size, seed=config.seed)
         trained = _train.fit(
-            dataclasses.replace(config, steps=model.num_steps),
+            dataclasses.replace(config, steps=model.noises.num_steps),
             run,
             saver,
             loader,
@@ -527,15 +447,15 @@ def train_noise(config: Config, kind: str, workdir: Path, saved: dict, datasets:
             model.train_step,
             evaluate,
             say=say,
-            check=model.check_noise,
+            check=model.noises.check,
         )
         state = trained.state
         held_out = model.held_out(state, datasets["test"], key)
         results = {
             "noise": kind,
             "steps": config.steps,
-            "steps_of_both_players": model.num_steps,
-            "noise_scale": float(model.noise_scale(model.num_steps)),
+            "steps_of_both_players": model.noises.num_steps,
+            "noise_scale": float(model.noises.scale(model.noises.num_steps)),
             **{f"held_out_{name}": value for name, value in held_out.items()},
             "images_per_second": trained.images_per_second,
             "seconds": trained.seconds,

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from experiments import _launch, mnist
+from experiments import _launch, _noise, mnist
 from spread_jax.training import NoiseCollapseError, TrainingInterrupted
 
 CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -151,7 +151,7 @@ def test_a_finished_run_says_so_and_one_noise_may_be_asked_of_it(unbroken, capsy
 
 def test_interrupted_in_the_middle_of_an_ascent_it_ends_as_if_unbroken(unbroken, tmp_path, monkeypatch, capsys):
     workdir = tmp_path / "run"
-    record = mnist.Model.check_noise
+    record = _noise.NoiseFamily.check
 
     def interrupt(self, step, metrics):
         record(self, step, metrics)
@@ -159,7 +159,7 @@ def test_interrupted_in_the_middle_of_an_ascent_it_ends_as_if_unbroken(unbroken,
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mnist.Model, "check_noise", interrupt)
+        patch.setattr(_noise.NoiseFamily, "check", interrupt)
         with pytest.raises(TrainingInterrupted, match="after step 4"):
             run(workdir, noise="low_rank")
     assert "repeat the command to go on" in capsys.readouterr().err
@@ -183,7 +183,7 @@ def test_a_transform_that_may_not_be_injective_stops_the_run(tmp_path):
         raise ValueError("block_0/conv_1 has an operator norm of up to 3")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mnist, "check_invertible", refuse)
+        patch.setattr(_noise, "check_invertible", refuse)
         with pytest.raises(_launch.UsageError, match="After step 6: block_0/conv_1 has an operator norm"):
             run(tmp_path / "run", noise="transformed")
 
