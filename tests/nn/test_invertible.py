@@ -85,6 +85,16 @@ def test_norm_is_that_of_the_matrix_and_the_bound_is_above_it(shape, dtype):
     assert shape[:2] == (1, 1) or abs(reshaped / exact - 1) > 0.02
 
 
+def test_the_bound_holds_where_the_circular_norm_of_the_images_own_size_does_not():
+    # A second difference along five rows: the matrix is tridiagonal (-1, 2, -1), its norm 2 + 2 cos(pi / 6). The
+    # highest frequency, which has the most of it, is none of those of a circle of five, but nearly of one of seven.
+    kernel = jnp.asarray([-1.0, 2.0, -1.0]).reshape(3, 1, 1, 1)
+    exact = 2 + 2 * np.cos(np.pi / 6)
+    np.testing.assert_allclose(convolution_norm(kernel, 5, 1), exact, rtol=1e-6)
+    np.testing.assert_allclose(convolution_norm_bound(kernel, 5, 1), 2 - 2 * np.cos(2 * np.pi * 3 / 7), rtol=1e-6)
+    assert 2 - 2 * np.cos(2 * np.pi * 2 / 5) < exact < convolution_norm_bound(kernel, 5, 1)
+
+
 def test_the_bound_is_close_on_larger_images():
     kernel = jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 1, 2)), jnp.float32)
     exact, bound = convolution_norm(kernel, 20, 20), convolution_norm_bound(kernel, 20, 20)
