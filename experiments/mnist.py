@@ -91,15 +91,15 @@ class Config:
     """R, columns of the learned factor of the covariance (published: 20)."""
     factor_scale: float = 1.0
     """Geometric mean of the factor's singular values, fixed: its volume is this to the power R."""
-    max_noise_entropy_ratio: float = 3.0
+    max_noise_entropy_ratio: float = 2.0
     """The learned covariance may add this many times the entropy it adds with equal singular values."""
     transform_features: int = 8
     """Channels inside the invertible residual block (published: 32)."""
     transform_coefficient: float = 0.9
     """Operator norm of each of its convolutions, below 1 (published: 0.1)."""
-    descent_steps: int = 100
+    descent_steps: int = 3
     """Steps of the model between ascents of the noise."""
-    ascent_steps: int = 40
+    ascent_steps: int = 1
     """Steps of the noise in each ascent (published: 1000)."""
     noise_learning_rate: float = 2e-3
     """Adam's learning rate for the noise."""
@@ -142,8 +142,7 @@ PRESETS = {
         width=16,
         final_noise_scale=0.3,
         noise_decay_every=80,
-        descent_steps=180,
-        ascent_steps=90,
+        descent_steps=4,
         noise_learning_rate=1e-3,
         learning_rate=1e-3,
         ema_decay=0.99,

@@ -188,7 +188,9 @@ def make_alternating_step(
       loss: minimised over `params`; its LossOutput holds the new model_state.
       divergence: maximised over `noise_params`; its LossOutput holds, as model_state, the new noise_state, which
         is taken from the evaluation after the update. It must rest on a constraint, for noise without one
-        vanishes: see `LowRankGaussianNoise.with_volume` and `spread_jax.nn.InvertibleResidual`.
+        vanishes: see `LowRankGaussianNoise.with_volume` and `spread_jax.nn.InvertibleResidual`. If it is an upper
+        bound that rests on an encoder, as one from `spread_elbo` does, keep ascents short or slow: the encoder
+        learns in the model's steps only, and a long ascent raises the bound's slack more than the divergence.
       optimizer: an Optax transformation for the model.
       noise_optimizer: an Optax transformation for the noise, as for a descent.
       schedule: whose turn it is.
