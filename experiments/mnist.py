@@ -258,17 +258,23 @@ class Model:
         return -elbo, LossOutput(new_stats, metrics)
 
     def divergence(self, params, noise_params, batch_stats, noise_state, batch, *, key, step):
-        """The mean upper bound on KL(p~ || p~_theta) of a uint8 batch, in nats: see `NoiseFamily.metrics`."""
+        """The mean upper bound on KL(p~ || p~_theta) of a uint8 batch, in nats: see `NoiseFamily.metrics`.
+
+        No gradient reaches the noise through the encoder's input. Where q(z|y) is the posterior that gradient is
+        zero, and where it is not it is that of the slack KL(q(z|y) || p(z|y)) alone: noise that follows it learns to
+        mislead the encoder instead of telling data and model apart.
+        """
         noise_state = self.noises.updated(noise_params, noise_state)
         noise = self.noises.at(noise_params, noise_state, step)
-        _, metrics, _ = self._bound(params, batch_stats, noise, batch, key, step)
+        _, metrics, _ = self._bound(params, batch_stats, noise, batch, key, step, see=jax.lax.stop_gradient)
         return metrics["spread_kl_bound"], LossOutput(noise_state, metrics)
 
-    def _bound(self, params, batch_stats, noise, batch, key, step):
+    def _bound(self, params, batch_stats, noise, batch, key, step, see=lambda y: y):
         x = _train.to_unit(batch)
+        encode = _train.network(self.encoder, "encoder", params, batch_stats, train=True)
         terms, auxiliary = spread_elbo(
             x,
-            _train.network(self.encoder, "encoder", params, batch_stats, train=True),
+            lambda y: encode(see(y)),
             _train.network(self.generator, "generator", params, batch_stats, train=True),
             noise,
             key=key,
