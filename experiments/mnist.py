@@ -100,6 +100,8 @@ class Config:
     """Steps of the model between ascents of the noise."""
     ascent_steps: int = 1
     """Steps of the noise in each ascent (published: 1000)."""
+    through_encoder: bool = False
+    """Let the noise follow the gradient through the encoder's input too: it then learns to mislead the encoder."""
     noise_learning_rate: float = 2e-3
     """Adam's learning rate for the noise."""
 
@@ -259,13 +261,14 @@ class Model:
     def divergence(self, params, noise_params, batch_stats, noise_state, batch, *, key, step):
         """The mean upper bound on KL(p~ || p~_theta) of a uint8 batch, in nats: see `NoiseFamily.metrics`.
 
-        No gradient reaches the noise through the encoder's input. Where q(z|y) is the posterior that gradient is
-        zero, and where it is not it is that of the slack KL(q(z|y) || p(z|y)) alone: noise that follows it learns to
-        mislead the encoder instead of telling data and model apart.
+        No gradient reaches the noise through the encoder's input unless `through_encoder` is set. Where q(z|y) is
+        the posterior that gradient is zero, and where it is not it is that of the slack KL(q(z|y) || p(z|y)) alone:
+        noise that follows it learns to mislead the encoder instead of telling data and model apart.
         """
         noise_state = self.noises.updated(noise_params, noise_state)
         noise = self.noises.at(noise_params, noise_state, step)
-        _, metrics, _ = self._bound(params, batch_stats, noise, batch, key, step, see=jax.lax.stop_gradient)
+        see = (lambda y: y) if self.config.through_encoder else jax.lax.stop_gradient
+        _, metrics, _ = self._bound(params, batch_stats, noise, batch, key, step, see=see)
         return metrics["spread_kl_bound"], LossOutput(noise_state, metrics)
 
     def _bound(self, params, batch_stats, noise, batch, key, step, see=lambda y: y):

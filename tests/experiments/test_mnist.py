@@ -271,6 +271,9 @@ def test_the_noise_cannot_learn_to_mislead_the_encoder():
     model.encoder = encoder
     got = jax.grad(value)(state.noise_params, key)["factor"]
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+    model.config = dataclasses.replace(model.config, through_encoder=True)
+    other = jax.grad(value)(state.noise_params, key)["factor"]
+    assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
 
 
 BAD = {
