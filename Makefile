@@ -4,15 +4,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PRESET ?= small
 CELEBA ?= celeb_a
+DATA ?=
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample evaluate features runs deltas bias manifold pca ica bench-ica test test-fast lint \
-  format package clean
+.PHONY: help demo train-celeba sample evaluate features runs mnist deltas bias manifold pca ica bench-ica test test-fast \
+  lint format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@printf '\n  Variables: CELEBA=path  PRESET=demo|small|published  RUN_DIR=runs/...  ARGS="--flag value"  PYTHON=python3\n'
+	@printf '\n  Variables: CELEBA=path  DATA=path  PRESET=demo|small|published  RUN_DIR=runs/...  ARGS="--flag value"  PYTHON=python3\n'
 
 demo: $(VENV)/.train ## Train a deterministic generator on synthetic faces, with pictures, in about 5 minutes on 2 cores
 	$(RUN) -m experiments.celeba --preset demo $(ARGS)
@@ -33,6 +34,9 @@ features: $(VENV)/.train ## Train the features that distances are taken in: ARGS
 
 runs: $(VENV)/.train ## List the runs below runs/ with their key numbers
 	@$(RUN) -m experiments.runs $(ARGS)
+
+mnist: $(VENV)/.data ## Fixed and learned noise on digits: DATA=folder of MNIST's idx files, or scikit-learn's digits without it
+	$(RUN) -m experiments.mnist $(if $(DATA),--preset $(PRESET) --data "$(DATA)",--preset demo) $(ARGS)
 
 deltas: $(VENV)/.train ## Two point masses: every divergence exactly and estimated, finite where KL is not; a figure in seconds
 	$(RUN) -m experiments.deltas $(ARGS)

@@ -115,13 +115,30 @@ def run(main: Callable[[], int | None]) -> None:
     """Runs an experiment; what a user can cause ends with a sentence on stderr, not a traceback."""
     from spread_jax.data import DatasetError
     from spread_jax.evaluation import FeaturesError
-    from spread_jax.training import CheckpointError, NonFiniteLossError, RunDirectoryError
+    from spread_jax.training import (
+        CheckpointError,
+        NoiseCollapseError,
+        NonFiniteLossError,
+        RunDirectoryError,
+        TrainingInterrupted,
+    )
 
+    refusals = (
+        CheckpointError,
+        DatasetError,
+        FeaturesError,
+        NoiseCollapseError,
+        NonFiniteLossError,
+        RunDirectoryError,
+        UsageError,
+    )
     try:
         code = main()
-    except (DatasetError, FeaturesError, CheckpointError, NonFiniteLossError, RunDirectoryError, UsageError) as error:
+    except refusals as error:
         print(f"\nerror: {error}", file=sys.stderr)
         code = 1
+    except TrainingInterrupted as interruption:  # who trains has said so and saved
+        code = 128 + interruption.signal
     except BrokenPipeError:
         code = 1
     except KeyboardInterrupt:

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import _launch
+from experiments import _launch, _train
 from spread_jax import GaussianNoise, spread_elbo
 from spread_jax.data import Dataset, Loader, open_dataset
 from spread_jax.evaluation import image_grid, save_curves, save_image, write_report
@@ -33,16 +31,11 @@ from spread_jax.nn import Encoder64, Generator64
 from spread_jax.training import (
     Checkpointer,
     LossOutput,
-    NonFiniteLossError,
     RunDirectory,
-    StepRecord,
-    StopRequest,
-    TrainingInterrupted,
     create_train_state,
     learning_rate_schedule,
     make_train_step,
     noise_scale_schedule,
-    train,
 )
 
 
@@ -227,7 +220,7 @@ class Model:
             b1=config.beta1,
         )
         self.train_step = make_train_step(
-            self.loss, self.optimizer, ema_decay=config.ema_decay, averaged=_generator_variables
+            self.loss, self.optimizer, ema_decay=config.ema_decay, averaged=_train.generator_variables
         )
 
     def initial_state(self) -> Any:
@@ -236,33 +229,24 @@ class Model:
         @jax.jit
         def create(key):
             init_key, run_key = jax.random.split(key)
-            encoder_key, generator_key = jax.random.split(init_key)
             image = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, self.channels))
             latent = jnp.zeros((1, self.config.latent_dim))
-            variables = {
-                "encoder": self.encoder.init(encoder_key, image, train=False),
-                "generator": self.generator.init(generator_key, latent, train=False),
-            }
-            params = {name: v["params"] for name, v in variables.items()}
-            batch_stats = {name: v["batch_stats"] for name, v in variables.items()}
-            return create_train_state(params, batch_stats, self.optimizer, key=run_key, averaged=_generator_variables)
+            params, batch_stats = _train.initial_variables(self.encoder, self.generator, init_key, image, latent)
+            return create_train_state(
+                params, batch_stats, self.optimizer, key=run_key, averaged=_train.generator_variables
+            )
 
         return create(jax.random.key(self.config.seed))
 
     def loss(self, params, batch_stats, batch, *, key, step):
         """Minus the mean spread ELBO of a uint8 batch, in nats per example."""
 
-        x = _to_unit(batch)
+        x = _train.to_unit(batch)
         scale = self.noise_scale(step)
-
-        def network(name, module):
-            variables = {"params": params[name], "batch_stats": batch_stats[name]}
-            return functools.partial(module.apply, variables, train=True, mutable=["batch_stats"])
-
         terms, auxiliary = spread_elbo(
             x,
-            network("encoder", self.encoder),
-            network("generator", self.generator),
+            _train.network(self.encoder, "encoder", params, batch_stats, train=True),
+            _train.network(self.generator, "generator", params, batch_stats, train=True),
             GaussianNoise(scale),
             key=key,
             num_spread_samples=self.config.num_spread_samples,
@@ -285,7 +269,7 @@ class Model:
 
         def evaluate(params, batch_stats, batch, key, scale):
             encode, decode = self._fixed(params, batch_stats)
-            x, noise = _to_unit(batch), GaussianNoise(scale)
+            x, noise = _train.to_unit(batch), GaussianNoise(scale)
             terms = spread_elbo(x, encode, decode, noise, key=key)
             reconstruction = decode(encode(noise.sample(x, key=key))[0])
             error = jnp.square(reconstruction - x).reshape(x.shape[0], -1).mean(axis=1)
@@ -299,7 +283,7 @@ class Model:
 
         def reconstruct(params, batch_stats, batch, key, scale):
             encode, decode = self._fixed(params, batch_stats)
-            y = GaussianNoise(scale).sample(_to_unit(batch), key=key)
+            y = GaussianNoise(scale).sample(_train.to_unit(batch), key=key)
             return y, decode(encode(y)[0])
 
         return jax.jit(reconstruct)
@@ -311,19 +295,10 @@ class Model:
         return jax.jit(lambda variables, z: self.generator.apply(variables, z, train=False))
 
     def _fixed(self, params, batch_stats):
-        def network(name, module):
-            variables = {"params": params[name], "batch_stats": batch_stats[name]}
-            return functools.partial(module.apply, variables, train=False)
-
-        return network("encoder", self.encoder), network("generator", self.generator)
-
-
-def _generator_variables(params, batch_stats):
-    return {"params": params["generator"], "batch_stats": batch_stats["generator"]}
-
-
-def _to_unit(batch):
-    return batch.astype(jnp.float32) / 255.0
+        return (
+            _train.network(self.encoder, "encoder", params, batch_stats, train=False),
+            _train.network(self.generator, "generator", params, batch_stats, train=False),
+        )
 
 
 class Evaluation:
@@ -336,27 +311,14 @@ class Evaluation:
 
     def held_out(self, state: Any, dataset: Dataset) -> dict[str, float]:
         """Mean spread ELBO, its standard error, KL and reconstruction error on the split's first images."""
-        count = min(len(dataset), self.config.held_out_examples)
-        size = min(count, self.config.batch_size)
         scale = self.model.noise_scale(state.step)
-        columns = []
-        for start in range(0, count, size):
-            rows = np.arange(start, start + size) % count  # the last batch wraps to keep its shape
-            batch = np.asarray(dataset.images[rows])
-            key = jax.random.fold_in(self.key, start)
-            values = self.model.evaluate_batch(state.params, state.model_state, batch, key, scale)
-            columns.append(np.stack(values, axis=1)[: count - start])
-        values = np.concatenate(columns).astype(np.float64)
-        mean = values.mean(axis=0)
-        error = values[:, 0].std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
-        dimensions = math.prod(dataset.image_shape)
-        return {
-            "elbo_nats": mean[0],
-            "elbo_standard_error": error,
-            "bits_per_dim": -mean[0] / (dimensions * math.log(2)),
-            "kl_nats": mean[1],
-            "reconstruction_mse": mean[2],
-        }
+        return _train.held_out(
+            lambda batch, key: self.model.evaluate_batch(state.params, state.model_state, batch, key, scale),
+            dataset,
+            count=self.config.held_out_examples,
+            batch_size=self.config.batch_size,
+            key=self.key,
+        )
 
     def draw(self, state: Any, dataset: Dataset) -> None:
         """Samples, reconstructions and interpolations of the state, as PNG files in the run's folder."""
@@ -426,76 +388,23 @@ def main(argv: list[str] | None = None) -> int:
 def _train_and_report(config, run, saver, datasets, loader, say) -> int:
     model = Model(config, channels=datasets["train"].image_shape[2])
     evaluation = Evaluation(config, model, run)
-    restored = saver.restore(jax.eval_shape(model.initial_state))
-    if restored is None:
-        state, start_step = model.initial_state(), 0
-    else:
-        state, start_step = restored.state, restored.step
-        say(f"resuming {run.path} after step {start_step}")
-    run.truncate_metrics(start_step)
-    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    say(f"run: {run.path}: {count:,} parameters, {config.steps} steps of {config.batch_size} images")
 
-    rates: list[tuple[int, float, float]] = []
-    began = time.perf_counter()
-
-    def on_record(record: StepRecord) -> None:
-        rate = config.batch_size / record.seconds_per_step
-        rates.append((record.step, rate, record.waiting))
-        run.log_metrics(record.step, {**record.metrics, "images_per_second": rate, "waiting_share": record.waiting})
-        progress.update(record.step, record.metrics, rate)
-
-    def on_evaluate(step: int, state: Any) -> dict[str, float]:
+    def evaluate(step: int, state: Any) -> tuple[dict[str, float], str]:
         numbers = evaluation.held_out(state, datasets["validation"])
-        metrics = {f"validation_{name}": value for name, value in numbers.items()}
-        run.log_metrics(step, metrics)
         evaluation.draw(state, datasets["validation"])
-        progress.note(
+        sentence = (
             f"step {step}: validation ELBO {numbers['elbo_nats']:.1f} nats, "
             f"reconstruction error {numbers['reconstruction_mse']:.5f}; {run.path}/samples.png"
         )
-        return metrics
+        return {f"validation_{name}": value for name, value in numbers.items()}, sentence
 
-    try:
-        with (
-            StopRequest() as stop,
-            _launch.progress(config.steps, start_step, quiet=config.quiet) as progress,
-        ):
-            if start_step < config.steps:
-                state = train(
-                    state,
-                    model.train_step,
-                    (batch for _, batch in loader.iterate(start_step)),
-                    start_step=start_step,
-                    num_steps=config.steps,
-                    on_record=on_record,
-                    record_every=config.record_every,
-                    on_evaluate=on_evaluate,
-                    evaluate_every=config.sample_every,
-                    save=lambda step, state, metrics: saver.save(step, state, metrics=metrics),
-                    save_every=config.save_every,
-                    stop=stop,
-                )
-    except TrainingInterrupted as interruption:
-        saver.wait()
-        say(f"{interruption} The state is saved; repeat the command to go on.", always=True)
-        return 128 + interruption.signal
-    except NonFiniteLossError as error:
-        saver.wait()
-        last = saver.latest_step
-        kept = f"The last good checkpoint is step {last} in {run.checkpoints_path}." if last is not None else ""
-        raise _launch.UsageError(
-            f"{error} {kept} Nothing after it was saved. Try a smaller --learning-rate (now {config.learning_rate}), "
-            f"a larger --noise-scale (now {config.noise_scale}), or --compute-dtype float32, in a new --workdir."
-        ) from None
-    saver.wait()
-    seconds = time.perf_counter() - began
+    trained = _train.fit(config, run, saver, loader, model.initial_state, model.train_step, evaluate, say=say)
+    state = trained.state
 
     held_out = evaluation.held_out(state, datasets["test"])
     evaluation.draw(state, datasets["validation"])
     records = run.read_metrics()
     save_curves(records, CURVES, run.save_figure_path("curves.png"), title=f"{config.preset}, seed {config.seed}")
-    timed = [(rate, waiting) for _, rate, waiting in rates[1:] or rates]
     results = {
         "experiment": "celeba",
         "preset": config.preset,
@@ -505,11 +414,11 @@ def _train_and_report(config, run, saver, datasets, loader, say) -> int:
         "held_out_images": min(len(datasets["test"]), config.held_out_examples),
         "steps": config.steps,
         "batch_size": config.batch_size,
-        "parameters": count,
+        "parameters": _train.parameters(state),
         "noise_scale": float(model.noise_scale(config.steps)),
-        "images_per_second": float(np.median([rate for rate, _ in timed])) if timed else None,
-        "waiting_share": float(np.mean([waiting for _, waiting in timed])) if timed else None,
-        "seconds": seconds,
+        "images_per_second": trained.images_per_second,
+        "waiting_share": trained.waiting_share,
+        "seconds": trained.seconds,
         **{f"held_out_{name}": value for name, value in held_out.items()},
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),

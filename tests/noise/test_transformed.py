@@ -28,6 +28,7 @@ def test_every_method_is_the_base_at_f_of_x(noise, key):
     pairs = [
         (noise.location(x), base.location(fx)),
         (noise.log_prob(y, x), base.log_prob(y, fx)),
+        (noise.entropy(x), base.entropy(fx)),
         (noise.kl(x, y), base.kl(fx, fy)),
         (noise.expected_log_prob(x, y), base.expected_log_prob(fx, fy)),
         (noise.mmd_kernel(x, y), base.mmd_kernel(fx, fy)),

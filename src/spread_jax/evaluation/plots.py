@@ -82,11 +82,13 @@ def save_curves(
     if title:
         figure.suptitle(title)
     for axes, (label, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, legend in series.items():
+        for index, (name, legend) in enumerate(series.items()):
             points = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
             if points:
                 steps, values = zip(*points, strict=True)
-                axes.plot(steps, values, label=legend, marker="o" if len(points) < 30 else None, markersize=3)
+                # One series, one colour, in every panel, whether the ones before it have points or not.
+                style = {"color": f"C{index}", "marker": "o" if len(points) < 30 else None, "markersize": 3}
+                axes.plot(steps, values, label=legend, **style)
         axes.set_xlabel("step")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)

@@ -1,7 +1,17 @@
-"""Flax Linen networks: the published encoders and generators, and convolutions fast on every platform."""
+"""Flax Linen networks: encoders and generators, invertible maps, and convolutions fast on every platform."""
 
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
 from spread_jax.nn.images import Encoder28, Encoder64, Generator28, Generator64
+from spread_jax.nn.invertible import (
+    Inverse,
+    InvertibleResidual,
+    SpectralConv,
+    check_invertible,
+    convolution_norm,
+    convolution_norm_bound,
+    invert,
+    lipschitz_bound,
+)
 
 __all__ = [
     "Conv",
@@ -10,6 +20,14 @@ __all__ = [
     "Encoder64",
     "Generator28",
     "Generator64",
+    "Inverse",
+    "InvertibleResidual",
+    "SpectralConv",
+    "check_invertible",
     "conv",
     "conv_transpose",
+    "convolution_norm",
+    "convolution_norm_bound",
+    "invert",
+    "lipschitz_bound",
 ]

@@ -20,7 +20,8 @@ class TransformedNoise:
 
     If f is injective and `base` is valid, so is this noise: a learned f decides which differences between the
     data and the model are amplified. Neither the inverse nor the Jacobian of f is ever needed. A method the
-    base has in closed form (`kl`, `expected_log_prob`, `mmd_kernel`, `pairwise_log_prob`) exists here too.
+    base has in closed form (`entropy`, `kl`, `expected_log_prob`, `mmd_kernel`, `pairwise_log_prob`) exists here
+    too.
 
     Args:
       base: the noise that is added to f(x).
@@ -71,6 +72,12 @@ class TransformedNoise:
         return self.base.log_prob(y, self.location(x))
 
     # Properties, so that hasattr(noise, name) answers for the base.
+    @property
+    def entropy(self) -> Callable[[jax.Array], jax.Array]:
+        """x -> the entropy of p(y|x) in nats, [batch], where the base has it."""
+        of_base = self.base.entropy
+        return lambda x: of_base(self.location(x))
+
     @property
     def expected_log_prob(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """(x, x2) -> E log p(y|x2) over y ~ p(y|x), [batch], where the base has it."""

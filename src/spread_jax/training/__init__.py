@@ -1,5 +1,13 @@
-"""Training: a state, a step, a loop, schedules, sealed checkpoints; knows no particular model."""
+"""Training: a state, a step, two players' step, a loop, schedules, sealed checkpoints; knows no particular model."""
 
+from spread_jax.training.alternating import (
+    AlternatingState,
+    AscentSchedule,
+    NoiseCollapseError,
+    check_noise_range,
+    create_alternating_state,
+    make_alternating_step,
+)
 from spread_jax.training.checkpoint import Checkpointer, CheckpointError, Restored
 from spread_jax.training.loop import NonFiniteLossError, StepRecord, TrainingInterrupted, every, train
 from spread_jax.training.run_directory import RunDirectory, RunDirectoryError
@@ -8,9 +16,12 @@ from spread_jax.training.signals import StopRequest
 from spread_jax.training.state import LossOutput, TrainState, create_train_state, make_train_step
 
 __all__ = [
+    "AlternatingState",
+    "AscentSchedule",
     "CheckpointError",
     "Checkpointer",
     "LossOutput",
+    "NoiseCollapseError",
     "NonFiniteLossError",
     "Restored",
     "RunDirectory",
@@ -19,9 +30,12 @@ __all__ = [
     "StopRequest",
     "TrainState",
     "TrainingInterrupted",
+    "check_noise_range",
+    "create_alternating_state",
     "create_train_state",
     "every",
     "learning_rate_schedule",
+    "make_alternating_step",
     "make_train_step",
     "noise_scale_schedule",
     "train",

@@ -55,9 +55,16 @@ Loss = Callable[..., tuple[jax.Array, LossOutput]]
 Averaged = Callable[[PyTree, PyTree], PyTree]
 
 
-def _params(params: PyTree, model_state: PyTree) -> PyTree:
+def params_only(params: PyTree, model_state: PyTree) -> PyTree:
+    """The part whose moving average is kept unless another is named."""
     del model_state
     return params
+
+
+def moving_average(average: PyTree, new: PyTree, decay: float, step: jax.Array) -> PyTree:
+    """The average moved towards `new`, with the decay min(decay, (1 + step) / (10 + step))."""
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), average, new)
 
 
 def create_train_state(
@@ -66,7 +73,7 @@ def create_train_state(
     optimizer: optax.GradientTransformation,
     *,
     key: jax.Array,
-    averaged: Averaged = _params,
+    averaged: Averaged = params_only,
 ) -> TrainState:
     """A state at step 0.
 
@@ -103,7 +110,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     ema_decay: float = 0.999,
-    averaged: Averaged = _params,
+    averaged: Averaged = params_only,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
     r"""The compiled step: gradient, Optax update, moving average; the state is donated.
 
@@ -143,12 +150,7 @@ def make_train_step(
         (value, output), gradient = jax.value_and_grad(objective, has_aux=True)(state.params, state.model_state, batch)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(
-            lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype),
-            state.ema,
-            averaged(params, output.model_state),
-        )
+        ema = moving_average(state.ema, averaged(params, output.model_state), ema_decay, state.step)
         metrics = {**output.metrics, "loss": value, "gradient_norm": optax.tree.norm(gradient)}
         new_state = TrainState(
             step=state.step + 1,

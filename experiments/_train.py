@@ -1,0 +1,205 @@
+"""What experiments that train a generator share: a resumable run, networks as callables, held-out means."""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _launch
+from spread_jax.data import Dataset, Loader
+from spread_jax.training import (
+    Checkpointer,
+    NonFiniteLossError,
+    RunDirectory,
+    StepRecord,
+    StopRequest,
+    TrainingInterrupted,
+    train,
+)
+
+
+class Trained(NamedTuple):
+    """What `fit` returns.
+
+    Attributes:
+      state: after the last step.
+      seconds: of this process's part of the run.
+      images_per_second: median over its records, or None if there were no steps left.
+      waiting_share: mean share of the time spent waiting for data, or None.
+    """
+
+    state: Any
+    seconds: float
+    images_per_second: float | None
+    waiting_share: float | None
+
+
+def fit(
+    config: Any,
+    run: RunDirectory,
+    saver: Checkpointer,
+    loader: Loader,
+    initial_state: Callable[[], Any],
+    train_step: Callable,
+    evaluate: Callable[[int, Any], tuple[Mapping[str, float], str]],
+    *,
+    say: Callable[..., None],
+    check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+) -> Trained:
+    """Trains from the newest sound checkpoint, or from the start, to `config.steps`.
+
+    Args:
+      config: has `steps`, `batch_size`, `record_every`, `sample_every`, `save_every`, `learning_rate`,
+        `noise_scale` and `quiet`.
+      run: gets a line of metrics at every record and evaluation.
+      saver: gets the state every `save_every` steps.
+      loader: batches by step.
+      initial_state: () -> the state at step 0, with `params`.
+      train_step: (state, batch) -> (state, metrics), with `elbo` and `kl` among the metrics.
+      evaluate: (step, state) -> (metrics, a sentence for the terminal), every `sample_every` steps.
+      say: as made by `_launch.talker`.
+      check: (step, metrics) -> None at every record; raises to stop the run before it saves.
+
+    Raises:
+      TrainingInterrupted: a signal asked for it; the state is saved and the user told.
+      UsageError: the loss stopped being finite; the message has the last good checkpoint and what to try.
+    """
+    restored = saver.restore(jax.eval_shape(initial_state))
+    if restored is None:
+        state, start_step = initial_state(), 0
+    else:
+        state, start_step = restored.state, restored.step
+        say(f"resuming {run.path} after step {start_step}")
+    run.truncate_metrics(start_step)
+    say(f"run: {run.path}: {parameters(state):,} parameters, {config.steps} steps of {config.batch_size} images")
+
+    rates: list[tuple[float, float]] = []
+    began = time.perf_counter()
+
+    def on_record(record: StepRecord) -> None:
+        rate = config.batch_size / record.seconds_per_step
+        rates.append((rate, record.waiting))
+        run.log_metrics(record.step, {**record.metrics, "images_per_second": rate, "waiting_share": record.waiting})
+        progress.update(record.step, record.metrics, rate)
+        check(record.step, record.metrics)
+
+    def on_evaluate(step: int, state: Any) -> Mapping[str, float]:
+        metrics, sentence = evaluate(step, state)
+        run.log_metrics(step, metrics)
+        progress.note(sentence)
+        return metrics
+
+    try:
+        with (
+            StopRequest() as stop,
+            _launch.progress(config.steps, start_step, quiet=config.quiet) as progress,
+        ):
+            if start_step < config.steps:
+                state = train(
+                    state,
+                    train_step,
+                    (batch for _, batch in loader.iterate(start_step)),
+                    start_step=start_step,
+                    num_steps=config.steps,
+                    on_record=on_record,
+                    record_every=config.record_every,
+                    on_evaluate=on_evaluate,
+                    evaluate_every=config.sample_every,
+                    save=lambda step, state, metrics: saver.save(step, state, metrics=metrics),
+                    save_every=config.save_every,
+                    stop=stop,
+                )
+    except TrainingInterrupted as interruption:
+        saver.wait()
+        say(f"{interruption} The state is saved; repeat the command to go on.", always=True)
+        raise
+    except NonFiniteLossError as error:
+        saver.wait()
+        last = saver.latest_step
+        kept = f"The last good checkpoint is step {last} in {run.checkpoints_path}." if last is not None else ""
+        raise _launch.UsageError(
+            f"{error} {kept} Nothing after it was saved. Try a smaller --learning-rate (now {config.learning_rate}), "
+            f"a larger --noise-scale (now {config.noise_scale}), or --compute-dtype float32, in a new --workdir."
+        ) from None
+    saver.wait()
+    timed = rates[1:] or rates
+    return Trained(
+        state,
+        time.perf_counter() - began,
+        float(np.median([rate for rate, _ in timed])) if timed else None,
+        float(np.mean([waiting for _, waiting in timed])) if timed else None,
+    )
+
+
+def parameters(state: Any) -> int:
+    """How many numbers the model trains."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def network(module: Any, name: str, params: Any, batch_stats: Any, *, train: bool) -> Callable:
+    """A module as a callable; in training it returns (output, {"batch_stats": new ones})."""
+    variables = {"params": params[name], "batch_stats": batch_stats[name]}
+    return functools.partial(module.apply, variables, train=train, **({"mutable": ["batch_stats"]} if train else {}))
+
+
+def initial_variables(encoder: Any, generator: Any, key: jax.Array, image: jax.Array, latent: jax.Array) -> tuple:
+    """(params, batch_stats) of both networks, by name."""
+    encoder_key, generator_key = jax.random.split(key)
+    variables = {
+        "encoder": encoder.init(encoder_key, image, train=False),
+        "generator": generator.init(generator_key, latent, train=False),
+    }
+    return tuple({name: v[part] for name, v in variables.items()} for part in ("params", "batch_stats"))
+
+
+def generator_variables(params: Any, batch_stats: Any) -> dict:
+    """The part whose moving average draws the samples."""
+    return {"params": params["generator"], "batch_stats": batch_stats["generator"]}
+
+
+def to_unit(batch: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [0, 1]."""
+    return batch.astype(jnp.float32) / 255.0
+
+
+def held_out(
+    evaluate_batch: Callable[[np.ndarray, jax.Array], tuple],
+    dataset: Dataset,
+    *,
+    count: int,
+    batch_size: int,
+    key: jax.Array,
+) -> dict[str, float]:
+    """Mean spread ELBO, its standard error, KL and reconstruction error on a split's first images.
+
+    Args:
+      evaluate_batch: (uint8 batch, key) -> (elbo, kl, squared error per pixel), each [batch].
+      dataset: the split.
+      count: how many images, at most.
+      batch_size: images at once, at most.
+      key: a JAX random key.
+    """
+    count = min(len(dataset), count)
+    size = min(count, batch_size)
+    columns = []
+    for start in range(0, count, size):
+        rows = np.arange(start, start + size) % count  # the last batch wraps to keep its shape
+        values = evaluate_batch(np.asarray(dataset.images[rows]), jax.random.fold_in(key, start))
+        columns.append(np.stack(values, axis=1)[: count - start])
+    values = np.concatenate(columns).astype(np.float64)
+    mean = values.mean(axis=0)
+    error = values[:, 0].std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
+    return {
+        "elbo_nats": mean[0],
+        "elbo_standard_error": error,
+        "bits_per_dim": -mean[0] / (math.prod(dataset.image_shape) * math.log(2)),
+        "kl_nats": mean[1],
+        "reconstruction_mse": mean[2],
+    }
