@@ -53,7 +53,7 @@ pca: $(VENV)/.train ## EM freezes at small noise, spreading lets it be large wit
 ica: $(VENV)/.data ## ICA without noise: EM freezes, three methods do not: PRESET=small|overcomplete|images|audio|published
 	$(RUN) -m experiments.ica --preset $(PRESET) $(ARGS)
 
-bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and times; about 6 minutes on an idle machine
+bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and times; about 8 minutes on 2 cores
 	$(RUN) -m benchmarks.ica $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors

@@ -32,7 +32,7 @@ from experiments import _launch, _train
 from experiments._noise import LEARNED, NOISES, NoiseFamily, check_noise_config
 from spread_jax import spread_elbo
 from spread_jax.data import Loader, open_dataset
-from spread_jax.evaluation import image_grid, save_curves, save_image
+from spread_jax.evaluation import image_grid, save_curves, save_image, write_report
 from spread_jax.nn import Encoder28, Generator28, lipschitz_bound
 from spread_jax.training import (
     Checkpointer,
@@ -596,7 +596,8 @@ def main(argv: list[str] | None = None) -> int:
             "versions": _launch.versions(),
         }
         run.write_results(results)
-        say(f"figures: {run.path}/samples.png, covariance.png, curves.png")
+        write_report(run.path)
+        say(f"figures and report: {run.path}/samples.png, covariance.png, curves.png, report.html")
         _launch.print_result(results)
     return 0
 
