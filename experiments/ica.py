@@ -63,7 +63,7 @@ class Config:
     """X, dimensions of x."""
     sources: int = 10
     """Z, number of sources."""
-    gammas: tuple[float, ...] = (0.001, 0.01, 0.1, 0.3, 1.0)
+    gammas: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
     """Standard deviations of the observation noise, in units of the entries of A; empty for no such figure."""
     sweeps: int = 800
     """EM steps."""
