@@ -96,8 +96,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def write(folder: Path, name: str, title: str, notes: str, tables: Sequence[Table], machine: Machine, command: str):
-    """Prints the tables and writes NAME.json and NAME.md into the folder."""
+def write(
+    folder: Path,
+    name: str,
+    title: str,
+    notes: str,
+    tables: Sequence[Table],
+    machine: Machine,
+    command: str,
+    *,
+    show: bool = True,
+) -> None:
+    """Writes NAME.json and NAME.md into the folder, and prints the latter."""
     text = "\n\n".join(
         [f"# {title}", f"`{command}`. {machine.describe()}", notes, *(table.as_markdown() for table in tables)]
     )
@@ -109,4 +119,5 @@ def write(folder: Path, name: str, title: str, notes: str, tables: Sequence[Tabl
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
-    print(f"\n{text}\n", flush=True)
+    if show:
+        print(f"\n{text}\n", flush=True)

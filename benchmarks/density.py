@@ -12,11 +12,12 @@ from benchmarks import _measure
 from benchmarks._report import Table
 
 TITLE = "log_spread_density of a Gaussian spread"
-NOTES = """N points y and N atoms in 64 dimensions, unit variance, sigma 0.5, float32; calls interleaved in one process,
-medians. The floors are the times of one and of three N x N x 64 matrix products in blocks, and nothing else: where the
-data lie many sigma apart, log_spread_density forms three to keep the digits of near pairs. N x N exponentials come on
-top. "differences" forms every y - x, "matrix product" is |y|^2 + |x|^2 - 2 <y, x> and keeps all pairs in memory.
-MiB are what the compiled program allocates beside its inputs; errors are against double precision."""
+NOTES = """\
+N points y and N atoms in 64 dimensions, unit variance, sigma 0.5, float32; calls interleaved in one process, medians.
+The floors are the times of one and of three N x N x 64 matrix products in blocks, and nothing else: where the data
+lie many sigma apart, log_spread_density forms three to keep the digits of near pairs. N x N exponentials come on top.
+"differences" forms every y - x, "matrix product" is |y|^2 + |x|^2 - 2 <y, x> and keeps all pairs in memory. MiB are
+what the compiled program allocates beside its inputs; errors are against double precision."""
 OURS, GRADIENT = "log_spread_density", "its gradient to y"
 FLOOR, THREE = "one product", "three products"
 KERNEL_DENSITY = "scikit-learn KernelDensity"
@@ -92,15 +93,19 @@ def sides(names: Sequence[str], size: int, dimensions: int) -> dict:
     found = {}
     for name in names:
         if name == KERNEL_DENSITY:
-            from sklearn.neighbors import KernelDensity
-
-            fitted = KernelDensity(bandwidth=SCALE).fit(np.asarray(atoms))
-            found[name] = (lambda: fitted.score_samples(np.asarray(y))), None
+            found[name] = _kernel_density(*problem(size, dimensions)), None
             continue
         compiled = jax.jit(functions[name]).lower(y, atoms).compile()
         allocated = compiled.memory_analysis().temp_size_in_bytes / 2**20
         found[name] = (lambda compiled=compiled: np.asarray(compiled(y, atoms))), allocated
     return found
+
+
+def _kernel_density(y, atoms):
+    from sklearn.neighbors import KernelDensity
+
+    fitted = KernelDensity(bandwidth=SCALE).fit(atoms)
+    return lambda: fitted.score_samples(y)
 
 
 def run(config: Config) -> list[Table]:

@@ -12,8 +12,9 @@ from benchmarks import _measure, step
 from benchmarks._report import Table
 
 TITLE = "A train step split over devices"
-NOTES = """The CelebA model under jit, the state on every device, the batch split by NamedSharding. The devices are parts of
-one CPU, so the whole work is the same and a ratio above 1 is overhead, not scaling. Differences are relative to one
+NOTES = """\
+The CelebA model under jit, the state on every device, the batch split by NamedSharding. The devices are parts of one
+CPU, so the whole work is the same and a ratio above 1 is overhead, not scaling. Differences are relative to one
 device, of the loss and of the gradient's norm. Sent is the size of the all-reduced arrays of the compiled program,
 gradients and batch statistics, for each device and step."""
 _BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}

@@ -11,8 +11,9 @@ from benchmarks import _measure, step
 from benchmarks._report import Table
 
 TITLE = "The spread ELBO against the plain ELBO"
-NOTES = """Loss and gradient of the CelebA networks; calls interleaved in one process, medians. Spreading draws one normal
-number for each pixel, and nothing else differs; the low-variance form costs the same."""
+NOTES = """\
+Loss and gradient of the CelebA networks; calls interleaved in one process, medians. Spreading draws one normal number
+for each pixel, and nothing else differs; the low-variance form costs the same."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ from benchmarks import _measure
 from benchmarks._report import Table
 
 TITLE = "mmd_squared, unbiased, Gaussian kernel"
-NOTES = """N samples on each side in 64 dimensions, value and gradient to x, float32; calls interleaved in one process,
-medians; a ratio above 1 says that mmd_squared is faster. "differences" forms every x_i - x_j, "matrix product" is
-|x|^2 + |y|^2 - 2 <x, y>; both keep whole kernel matrices. Memory is what the compiled program allocates beside its
-inputs. The error is that of the value, relative to a sum in double precision."""
+NOTES = """\
+N samples on each side in 64 dimensions, value and gradient to x, float32; calls interleaved in one process, medians;
+a ratio above 1 says that mmd_squared is faster. "differences" forms every x_i - x_j, "matrix product" is |x|^2 +
+|y|^2 - 2 <x, y>; both keep whole kernel matrices. Memory is what the compiled program allocates beside its inputs.
+The error is that of the value, relative to a sum in double precision."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +67,7 @@ def run(config: Config) -> list[Table]:
         if size > config.largest_differences:
             del functions["differences"]
         compiled = {name: jax.jit(jax.value_and_grad(f)).lower(x, y).compile() for name, f in functions.items()}
-        calls = {name: (lambda f=f: jax.block_until_ready(f(x, y))) for name, f in compiled.items()}
+        calls = {name: (lambda f=f, x=x, y=y: jax.block_until_ready(f(x, y))) for name, f in compiled.items()}
         seconds = _measure.interleaved(calls, config.repeats)
         exact = _exact(x.astype(float), y.astype(float), bandwidth)
         for name, f in compiled.items():

@@ -16,8 +16,9 @@ from benchmarks import _measure
 from benchmarks._report import Table
 
 TITLE = "Start"
-NOTES = """Import: whole processes in turn, `import jax, jax.numpy` with and without `spread_jax`. Demo: from the command to
-the line of its first step, with a new cache of images and compiled programs and with the one that this left."""
+NOTES = """\
+Import: whole processes in turn, `import jax, jax.numpy` with and without `spread_jax`. Demo: from the command to the
+line of its first step, with a new cache of images and compiled programs and with the one that this left."""
 
 
 @dataclasses.dataclass(frozen=True)

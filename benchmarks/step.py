@@ -14,9 +14,10 @@ from benchmarks._report import Table
 
 LATENT_DIM = 16
 TITLE = "A train step of the CelebA model against PyTorch"
-NOTES = """Encoder of four 5x5 stride-2 convolutions, generator from 4x4 of four transposed ones and one to three
-channels, batch normalisation, Adam, moving average of the generator, gradient norm; float32, one batch of uint8 images.
-Each measurement is a process of its own, the sides in turn; a ratio is that of neighbouring medians, below 1 where this
+NOTES = """\
+Encoder of four 5x5 stride-2 convolutions, generator from 4x4 of four transposed ones and one to three channels, batch
+normalisation, Adam, moving average of the generator, gradient norm; float32, one batch of uint8 images. Each
+measurement is a process of its own, the sides in turn; a ratio is that of neighbouring medians, below 1 where this
 library is faster. The first row of the last table says how far the two compute the same thing from the same
 parameters."""
 SIDES = ("spread_jax", "contiguous", "channels_last", "compile")
@@ -141,9 +142,8 @@ def agreement(width: int, batch_size: int) -> dict:
     spread = np.asarray(GaussianNoise(1.0).sample(zeros, key=spread_key))
     latent = np.array(jax.random.normal(latent_key, (batch_size, LATENT_DIM)))
     peer = from_flax(state.params, LATENT_DIM, width)
-    theirs = peer(
-        mirrored_images(batch), mirrored_images(spread), torch.from_numpy(latent), float(model.noise_scale(0))
-    )
+    noises = mirrored_images(spread), torch.from_numpy(latent)
+    theirs = peer(mirrored_images(batch), *noises, float(model.noise_scale(0)))
     theirs.backward()
     expected = dict(from_flax(gradient, LATENT_DIM, width).named_parameters())
     square = lambda tensor: float(tensor.detach().double().square().sum())

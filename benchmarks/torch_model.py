@@ -7,6 +7,7 @@ PyTorch needs no padding of its own, which would cost it time.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -22,7 +23,7 @@ class Encoder(nn.Module):
         super().__init__()
         channels = [3, *(width * multiple for multiple in (1, 2, 4, 8))]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False) for a, b in zip(channels, channels[1:], strict=False)
+            nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False) for a, b in itertools.pairwise(channels)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(b) for b in channels[1:])
         self.mean = nn.Linear(16 * channels[-1], latent_dim)
@@ -46,7 +47,7 @@ class Generator(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(c) for c in channels)
         self.convolutions = nn.ModuleList(
             nn.ConvTranspose2d(a, b, 5, stride=2, padding=2, output_padding=1, bias=False)
-            for a, b in zip(channels, channels[1:], strict=False)
+            for a, b in itertools.pairwise(channels)
         )
         self.last = nn.Conv2d(channels[-1], 3, 5, padding=2)
 
