@@ -59,10 +59,11 @@ def decode(path: str) -> np.ndarray:
 def rate(batches: Iterator, batch_size: int, seconds: float) -> float:
     """Images for each CPU second of this process, all threads counted."""
     next(batches)
-    began, count = time.process_time(), 0
-    while (used := time.process_time() - began) < seconds:
+    began, count, used = time.process_time(), 0, 0.0
+    while used < seconds:
         next(batches)
         count += 1
+        used = time.process_time() - began
     return count * batch_size / used
 
 

@@ -46,7 +46,8 @@ def origins(hlo: str) -> dict[str, str]:
       >>> origins('%dot.3 = f32[2]{0} dot(%a), metadata={op_name="jit(step)/dot_general" stack_frame_id=1}')
       {'dot.3': 'dot_general'}
     """
-    named = re.findall(r'^\s*(?:ROOT )?%?([\w.-]+) = .*?op_name="([^"]*)"', hlo, flags=re.M)
+    # A loop or a call is the sum of the operations inside, which are counted by themselves.
+    named = re.findall(r'^\s*(?:ROOT )?%?((?!while|call|conditional)[\w.-]+) = .*?op_name="([^"]*)"', hlo, flags=re.M)
     return {name: re.sub(r"^(jit\([^)]*\)/)+", "", origin) for name, origin in named}
 
 
