@@ -72,11 +72,14 @@ def _by_split_products(y, x, largest):
 
 
 def _sums_less_products(of_y, of_x, *factors):
-    """of_y_i + of_x_j + sum of <a_i, b_j> as one matrix product: outer sums of their own cost XLA's CPU more."""
-    ones = jnp.ones_like
-    left = [*(a for a, _ in factors), of_y[:, None], ones(of_y)[:, None]]
-    right = [*(b for _, b in factors), ones(of_x)[:, None], of_x[:, None]]
-    return _product(jnp.concatenate(left, axis=1), jnp.concatenate(right, axis=1))
+    """of_y_i + of_x_j + sum of <a_i, b_j>."""
+    return _join(*factors, (of_y, jnp.ones_like(of_x)), (jnp.ones_like(of_y), of_x))
+
+
+def _join(*factors):
+    """The sum of <a_i, b_j> over pairs of factors as one product: outer sums of their own cost XLA's CPU more."""
+    side = lambda k: jnp.concatenate([f[k].reshape(len(f[k]), -1) for f in factors], axis=1)
+    return _product(side(0), side(1))
 
 
 @_distances_by_products.defjvp
@@ -84,8 +87,10 @@ def _distances_by_products_jvp(primals, tangents):
     (y, x, _), (dy, dx, _) = primals, tangents
     distances = _distances_by_products(*primals)
     y, x = _centre(y, x)
-    # d|y - x|^2 / 2 = <y, dy> + <x, dx> - <dy, x> - <y, dx>
-    return distances, 2 * _sums_less_products((y * dy).sum(axis=1), (x * dx).sum(axis=1), (-dy, x), (-y, dx))
+    # d|y - x|^2 / 2 = (<y, dy> - <dy, x>) + (<x, dx> - <y, dx>): a product must be linear in one factor only.
+    by_y = _join((-dy, x), ((y * dy).sum(axis=1), jnp.ones_like(x[:, 0])))
+    by_x = _join((-y, dx), (jnp.ones_like(y[:, 0]), (x * dx).sum(axis=1)))
+    return distances, 2 * (by_y + by_x)
 
 
 def _centre(y, x):
