@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -45,6 +46,8 @@ class Config:
     """Channels of the encoder's first convolution."""
     batch_sizes: tuple[int, ...] = (100, 256, 512, 1024, 2048)
     """Images in a batch; precisions and gradients are compared at the first."""
+    precisions: tuple[Literal["float32", "tf32", "bfloat16"], ...] = ("float32", "tf32", "bfloat16")
+    """Which precisions; float32 only at the first batch size."""
     steps: int = 20
     """Timed steps of each row."""
     size: int = 20_000
@@ -139,8 +142,10 @@ def main(argv: list[str] | None = None) -> None:
         {"device": device, "precision": name, "TFLOP/s": rate / 1e12} for name, rate in peaks.items()
     ]
     first, *others = config.batch_sizes
-    plan = [(name, native, first) for name in PRECISIONS for native in (False, True)]
-    plan += [(name, False, batch_size) for batch_size in others for name in ("bfloat16", "tf32")]
+    plan = [(name, native, first) for name in config.precisions for native in (False, True)]
+    plan += [
+        (name, False, batch_size) for batch_size in others for name in config.precisions[::-1] if name != "float32"
+    ]
     for name, native, batch_size in plan:
         _own_step(config, call, peaks, name, native, batch_size)
     _density(config, call)
@@ -157,7 +162,7 @@ def _peers(config, call):
     if not config.torch:
         return
     batch_size = config.batch_sizes[0]
-    variants = [("contiguous", name) for name in PRECISIONS]
+    variants = [("contiguous", name) for name in config.precisions]
     variants += [("channels_last", "bfloat16"), ("compile", "tf32"), ("compile", "bfloat16")]
     for variant, name in variants:
 

@@ -133,6 +133,7 @@ def test_what_does_not_fit_the_budget_is_named(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_train_steps_on_an_accelerators_terms(tmp_path):
     flags = ["--width", "2", "--batch-sizes", "4", "--steps", "1", "--size", "32", "--matmul-size", "32", "--no-torch"]
+    flags += ["--precisions", "bfloat16"]
     run_module("benchmarks.gpu", *flags, "--out", str(tmp_path))
     tables = json.loads((tmp_path / "gpu.json").read_text())["tables"]
     rows = [row for table in tables for row in table["rows"]]
