@@ -5,11 +5,12 @@ RUN := $(VENV)/bin/python
 PRESET ?= small
 CELEBA ?= celeb_a
 DATA ?=
+PART ?= all
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample evaluate features runs mnist deltas bias manifold pca ica bench-ica test test-fast \
-  lint format package clean
+.PHONY: help demo train-celeba sample evaluate features runs mnist deltas bias manifold pca ica bench bench-gpu profile \
+  bench-ica test test-fast lint format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -52,6 +53,15 @@ pca: $(VENV)/.train ## EM freezes at small noise, spreading lets it be large wit
 
 ica: $(VENV)/.data ## ICA without noise: EM freezes, three methods do not: PRESET=small|overcomplete|images|audio|published
 	$(RUN) -m experiments.ica --preset $(PRESET) $(ARGS)
+
+bench: $(VENV)/.dev ## Speed and memory against peers: PART=all|step|density|mmd|elbo|loader|devices|start
+	$(RUN) -m benchmarks --part $(PART) $(ARGS)
+
+bench-gpu: $(VENV)/.dev ## An accelerator in one call: precisions, batches, gradients, against the peak; under 8 minutes
+	$(RUN) -m benchmarks.gpu $(ARGS)
+
+profile: $(VENV)/.dev ## A trace of the train step and its ten costliest operations
+	$(RUN) -m benchmarks.profile $(ARGS)
 
 bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and times; about 8 minutes on 2 cores
 	$(RUN) -m benchmarks.ica $(ARGS)

@@ -27,6 +27,27 @@ def test_squared_distances_keep_the_digits_of_near_pairs(size, offset, dtype):
     np.testing.assert_array_less(np.abs(result - exact), split + rounding)
 
 
+def test_one_product_is_used_only_where_its_error_is_negligible():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(20, 64)).astype(np.float32)
+    y = (x + 0.01 * rng.normal(size=x.shape)).astype(np.float32)
+    exact = np.square(y.astype(float) - x).sum(axis=1)
+    longest = max(np.square(v.astype(float) - x.mean(axis=0)).sum(axis=1).max() for v in (x, y))
+    error = lambda n: np.abs(np.diagonal(squared_distances(y, x, negligible=n)) - exact).max()
+    assert error(1.01 * longest) < 8 * np.finfo(np.float32).eps * longest
+    assert error(0.99 * longest) < error(1.01 * longest) / 20
+
+
+@pytest.mark.parametrize("negligible", [0.0, 1e6])
+def test_rematerialised_gradients_where_both_arguments_move(negligible, x64):
+    rng = np.random.default_rng(4)
+    x, weights = jnp.asarray(rng.normal(size=(5, 9))), jnp.asarray(rng.normal(size=(5, 5)))
+    distances = jax.checkpoint(lambda a, b: squared_distances(a, b, negligible=negligible))
+    got = jax.grad(lambda x: (weights * distances(jnp.sin(x), x)).sum())(x)
+    direct = lambda x: (weights * jnp.square(jnp.sin(x)[:, None] - x).sum(axis=2)).sum()
+    np.testing.assert_allclose(got, jax.grad(direct)(x), rtol=1e-11)
+
+
 def test_pairwise_log_prob_beats_the_textbook_form_by_two_digits():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(20, 64)).astype(np.float32)

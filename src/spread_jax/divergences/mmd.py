@@ -53,7 +53,8 @@ class GaussianKernel:
         check_positive("bandwidth", self.bandwidth)
 
     def __call__(self, x: jax.Array, x2: jax.Array) -> jax.Array:
-        return jnp.exp(-0.5 * _distances(x, x2) / jnp.square(self.bandwidth))
+        square = jnp.square(self.bandwidth)
+        return jnp.exp(-0.5 * _distances(x, x2, square) / square)
 
 
 @frozen_pytree
@@ -103,7 +104,7 @@ class InverseMultiquadricKernel:
         check_positive("c", self.c)
 
     def __call__(self, x: jax.Array, x2: jax.Array) -> jax.Array:
-        return self.c / (self.c + _distances(x, x2))
+        return self.c / (self.c + _distances(x, x2, self.c))
 
 
 @frozen_pytree
@@ -273,10 +274,11 @@ def spread_l1(
     return Estimate(2 * half.value, 2 * half.standard_error)
 
 
-def _distances(x, x2):
+def _distances(x, x2, unit):
+    """Squared distances for a kernel of x - x2 in units of sqrt(unit), whose relative error is a few eps."""
     x, x2 = check_batch("x", x), check_batch("x2", x2)
     check_same_event("x", x, "x2", x2)
-    return squared_distances(flatten_events(x), flatten_events(x2))
+    return squared_distances(flatten_events(x), flatten_events(x2), negligible=8 * unit)
 
 
 def _mean_kernel(x, y, kernel, chunk_size, without_diagonal):

@@ -1,0 +1,191 @@
+"""Each benchmark runs to its end on tiny sizes, and what it reports is what it measured."""
+
+import doctest
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import __main__ as bench
+from benchmarks import _measure, _report, density, devices, gpu, loader, profile, start, step
+from experiments import _launch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quick_compilation(monkeypatch, tmp_path):
+    """In new processes: compiling is most of what tiny sizes cost, so without optimisation."""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("SPREAD_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_launch, "configure_jax", lambda: None)  # it changes this process for good
+
+
+def run_module(*command):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))}
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_part_prints_and_writes_its_tables(tmp_path, capsys):
+    flags = ["--mmd.sizes", "20", "9", "--mmd.largest-differences", "10", "--mmd.repeats", "2"]
+    bench.main(["--part", "mmd", *flags, "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "mmd.json").read_text())
+    (table,) = results["tables"]
+    assert [(row["N"], row["side"]) for row in table["rows"]] == [
+        (20, "mmd_squared"),
+        (20, "matrix product"),
+        (9, "mmd_squared"),
+        (9, "matrix product"),
+        (9, "differences"),
+    ]
+    for row in table["rows"]:
+        assert 0 < row["lowest"] <= row["side / mmd_squared"] <= row["highest"]
+        assert row["relative error"] < 1e-3
+    assert results["command"] == "python -m benchmarks --part mmd " + " ".join(flags)
+    assert results["machine"]["versions"]["jax"]
+    assert results["machine"]["cores"] >= 1
+    text = (tmp_path / "mmd.md").read_text()
+    assert text in capsys.readouterr().out + "\n"
+    assert ("times mean nothing" in text) != results["machine"]["idle"]
+
+
+def test_a_busy_machine_is_called_busy():
+    quiet = _report.Machine("a processor", cores=2, load=0.1, versions={})
+    busy = _report.Machine("a processor", cores=2, load=1.5, versions={})
+    assert quiet.idle
+    assert not busy.idle
+    assert "busy" in busy.describe()
+    assert "busy" not in quiet.describe()
+
+
+def test_tables_hold_every_column():
+    table = _report.Table("title", [{"a": 1, "b": 0.25}, {"a": 12345, "c": None}])
+    lines = table.as_markdown().splitlines()
+    assert lines == ["title", "", "| a | b | c |", "|---|---|---|", "| 1 | 0.25 | - |", "| 12,345 | - | - |"]
+
+
+def test_processes_return_what_they_measured_or_the_reason():
+    found = _measure.in_new_process("benchmarks._measure:ratio", ours=[1.0, 4.0, 3.0], theirs=[1.0, 2.0, 1.0])
+    assert {name: found[name] for name in ("ratio", "lowest", "highest")} == {"ratio": 2, "lowest": 1, "highest": 3}
+    assert found["peak_mib"] > 10
+    with pytest.raises(_measure.SideFailed, match="nothing_here"):
+        _measure.in_new_process("benchmarks._measure:nothing_here")
+
+
+def test_sides_take_turns():
+    called = []
+    seconds = _measure.interleaved({name: lambda name=name: called.append(name) for name in "ab"}, 3)
+    assert "".join(called) == "abababab"
+    assert [len(found) for found in seconds.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("module", [devices, gpu, profile], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    results = doctest.testmod(module)
+    assert results.attempted
+    assert not results.failed
+
+
+def test_density():
+    floors, peers = density.run(density.Config(size=40, small_size=30, dimensions=9, repeats=2))
+    assert [row["side"] for row in floors.rows] == [density.OURS, density.GRADIENT, density.FLOOR, density.THREE]
+    assert floors.rows[2][f"side / {density.FLOOR}"] == floors.rows[3][f"side / {density.THREE}"] == 1
+    for row in peers.rows[:3]:
+        assert row["largest error, nats"] < 1e-4
+        assert row["MiB"] >= 0
+    assert peers.rows[3]["side"] == density.KERNEL_DENSITY
+
+
+@pytest.mark.filterwarnings("ignore")  # of the peers
+def test_loader():
+    (table,) = loader.run(loader.Config(images=12, batch_size=4, seconds=0.02))
+    assert [row["loader"] for row in table.rows[:2]] == ["spread_jax", "spread_jax"]
+    assert all(row["images / CPU s"] > 0 for row in table.rows)
+    assert table.rows[1]["images / CPU s"] < table.rows[0]["images / CPU s"]
+    installed = [name for name in ("grain", "torch") if importlib.util.find_spec(name)]
+    assert len(table.rows) == 2 + 2 * len(installed)
+
+
+def test_import_time():
+    (table,) = start.run(start.Config(rounds=1, demo_rounds=0))
+    alone, ours, difference = (row["s"] for row in table.rows)
+    assert difference == pytest.approx(ours - alone)
+
+
+def test_what_does_not_fit_the_budget_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    flags = ["--width", "2", "--batch-sizes", "2", "3", "--size", "32", "--matmul-size", "32", "--budget", "0"]
+    gpu.main([*flags, "--no-torch", "--out", str(tmp_path)])
+    peak, steps, *others = json.loads((tmp_path / "gpu.json").read_text())["tables"]
+    assert [row["precision"] for row in peak["rows"]] == ["float32", "tf32", "bfloat16"]
+    assert all(row["TFLOP/s"] > 0 for row in peak["rows"])
+    assert [row["batch"] for row in steps["rows"]] == [2] * 6 + [3] * 2
+    assert {row["note"] for table in (steps, *others) for row in table["rows"]} == {"left out: no time"}
+
+
+@pytest.mark.slow
+def test_train_steps_on_an_accelerators_terms(tmp_path):
+    flags = ["--width", "2", "--batch-sizes", "4", "--steps", "1", "--size", "32", "--matmul-size", "32", "--no-torch"]
+    flags += ["--precisions", "bfloat16"]
+    run_module("benchmarks.gpu", *flags, "--out", str(tmp_path))
+    tables = json.loads((tmp_path / "gpu.json").read_text())["tables"]
+    rows = [row for table in tables for row in table["rows"]]
+    assert not [row for row in rows if "note" in row]
+    for row in tables[1]["rows"]:
+        assert row["images/s"] > 0
+        assert row["share of peak"] > 0
+    assert set(tables[3]["rows"][0]) >= {"plain ELBO", "spread ELBO", "spread ELBO, low variance"}
+
+
+@pytest.mark.slow
+def test_step():
+    sides = ("spread_jax", "contiguous") if importlib.util.find_spec("torch") else ("spread_jax",)
+    tables = step.run(step.Config(widths=(2,), batch_size=4, steps=1, rounds=1, sides=sides))
+    times, costs = tables[0].rows, tables[1].rows
+    assert [row["side"] for row in times] == [row["side"] for row in costs] == list(sides)
+    assert all(row["ms"] > 0 for row in times)
+    assert all(row["peak MiB"] > 50 for row in costs)
+    if len(sides) > 1:
+        assert times[1]["spread_jax / side"] == pytest.approx(times[0]["ms"] / times[1]["ms"])
+        # The peer computes the same loss and gradient, or the ratio would compare two different things.
+        (agreement,) = tables[2].rows
+        assert agreement["loss"] < 1e-6
+        assert agreement["gradient"] < 1e-5
+
+
+@pytest.mark.slow
+def test_devices():
+    (table,) = devices.run(devices.Config(counts=(1, 2), width=2, batch_size=4, repeats=1))
+    one, two = table.rows
+    assert one["MiB sent"] == one["loss differs by"] == one["gradient differs by"] == 0
+    assert two["loss differs by"] < 1e-5
+    assert 0 < two["gradient differs by"] < 1e-4
+    # Each gradient is summed over the devices, and the batch statistics in both directions, which are small.
+    assert 1 <= two["MiB sent"] / two["gradient MiB"] < 1.5
+
+
+@pytest.mark.slow
+def test_first_step_of_the_demo(tmp_path):
+    flags = ("--width", "2", "--batch-size", "4", "--max-examples", "24", "--steps", "4")
+    assert 0 < start.first_step(tmp_path / "cache", tmp_path / "run", flags) < 600
+    with pytest.raises(_measure.SideFailed, match="width must be an even number"):
+        start.first_step(tmp_path / "cache", tmp_path / "run", ("--width", "3"))
+
+
+@pytest.mark.slow
+def test_profile_names_the_costliest_operations(tmp_path):
+    out = run_module("benchmarks.profile", "--width", "2", "--batch-size", "2", "--steps", "1", "--out", str(tmp_path))
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 10
+    seconds, shares = (np.array([float(row[i].strip("| ")) for row in rows]) for i in (0, 1))
+    assert (np.diff(seconds) <= 0).all()
+    assert 0 < shares.sum() <= 1
+    assert any("conv_general_dilated" in row[3] for row in rows)
+    assert list(tmp_path.rglob("*.xplane.pb"))
