@@ -80,12 +80,16 @@ format: $(VENV)/.dev ## Mend style and formatting
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+.PHONY: docs
+docs: $(VENV)/.docs ## Build the documentation into site/, running its tutorial; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
+
 package: $(VENV)/.dev ## Build the wheel and the source archive into dist/
 	$(RUN) -m pip install -q build
 	$(RUN) -m build
 
 clean: ## Remove the environment and build products; runs/ stays
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build site .pytest_cache .ruff_cache .hypothesis
 
 # One stamp for each set of extras; a changed pyproject.toml installs again.
 $(VENV)/.python:
@@ -102,6 +106,10 @@ $(VENV)/.data: pyproject.toml | $(VENV)/.train
 	$(RUN) -m pip install -q -e '.[train,data]'
 	@touch $@
 
+$(VENV)/.docs: pyproject.toml | $(VENV)/.train
+	$(RUN) -m pip install -q -e '.[docs]'
+	@touch $@
+
 $(VENV)/.dev: pyproject.toml | $(VENV)/.python
 	$(RUN) -m pip install -q -e '.[dev]'
-	@touch $@ $(VENV)/.train $(VENV)/.data
+	@touch $@ $(VENV)/.train $(VENV)/.data $(VENV)/.docs

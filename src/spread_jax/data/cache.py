@@ -29,7 +29,12 @@ BLOCK_BYTES = 16 * 1024 * 1024
 
 
 def default_cache_dir() -> Path:
-    """$SPREAD_JAX_CACHE, else $XDG_CACHE_HOME/spread_jax, else ~/.cache/spread_jax."""
+    """$SPREAD_JAX_CACHE, else $XDG_CACHE_HOME/spread_jax, else ~/.cache/spread_jax.
+
+    Example:
+        >>> default_cache_dir().is_absolute()
+        True
+    """
     if own := os.environ.get("SPREAD_JAX_CACHE"):
         return Path(own).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"

@@ -249,6 +249,7 @@ kl = FDivergence(
     conjugate_of_activation=lambda v: jnp.exp(v - 1),
     conjugate=lambda s: jnp.exp(s - 1),
 )
+"""KL(p||q) = E_p log(p/q), in nats: f(u) = u log u."""
 
 reverse_kl = FDivergence(
     name="reverse_kl",
@@ -259,6 +260,7 @@ reverse_kl = FDivergence(
     conjugate_of_activation=lambda v: v - 1,
     conjugate=lambda s: jnp.where(s < 0, -1 - jnp.log(jnp.where(s < 0, -s, 1)), jnp.inf),
 )
+"""KL(q||p), in nats: f(u) = -log u."""
 
 jensen_shannon = FDivergence(
     name="jensen_shannon",
@@ -270,6 +272,7 @@ jensen_shannon = FDivergence(
     conjugate=lambda s: _below(s, 0.5 * math.log(2.0), lambda s: -0.5 * jnp.log(2 - jnp.exp(2 * s))),
     upper_bound=math.log(2.0),
 )
+"""KL(p||m) / 2 + KL(q||m) / 2 with m = (p + q) / 2, in nats, at most log 2."""
 
 squared_hellinger = FDivergence(
     name="squared_hellinger",
@@ -281,6 +284,7 @@ squared_hellinger = FDivergence(
     conjugate=lambda s: _below(s, 0.5, lambda s: s / (1 - 2 * s)),
     upper_bound=1.0,
 )
+"""1 - E_q sqrt(p/q), at most 1: f(u) = (sqrt(u) - 1)^2 / 2."""
 
 total_variation = FDivergence(
     name="total_variation",
@@ -292,6 +296,7 @@ total_variation = FDivergence(
     conjugate=lambda s: jnp.where(s <= 0.5, jnp.maximum(s, -0.5), jnp.inf),
     upper_bound=1.0,
 )
+"""E_q |p/q - 1| / 2, at most 1."""
 
 chi_squared = FDivergence(
     name="chi_squared",
@@ -302,3 +307,4 @@ chi_squared = FDivergence(
     conjugate_of_activation=_chi_squared_conjugate,
     conjugate=_chi_squared_conjugate,
 )
+"""Pearson's E_q (p/q - 1)^2: f(u) = (u - 1)^2."""

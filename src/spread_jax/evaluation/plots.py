@@ -52,7 +52,19 @@ def image_grid(images: np.ndarray, *, columns: int | None = None, padding: int =
 
 
 def save_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
-    """Writes uint8 pixels [height, width, 3] as PNG, atomically."""
+    """Writes uint8 pixels [height, width, 3] as PNG, atomically.
+
+    Args:
+      pixels: such as `image_grid` returns.
+      path: where the PNG goes.
+
+    Example:
+      >>> import os, tempfile
+      >>> path = os.path.join(tempfile.mkdtemp(), "black.png")
+      >>> save_image(np.zeros((4, 4, 3), np.uint8), path)
+      >>> os.listdir(os.path.dirname(path))
+      ['black.png']
+    """
     from PIL import Image
 
     path = Path(path)
@@ -75,6 +87,13 @@ def save_curves(
       panels: axis label (with its unit) -> {metric name: legend}.
       path: where the PNG goes.
       title: of the whole figure.
+
+    Example:
+      >>> import os, tempfile
+      >>> path = os.path.join(tempfile.mkdtemp(), "curves.png")
+      >>> save_curves([{"step": 1, "kl": 0.5}, {"step": 2, "kl": 1.5}], {"nats": {"kl": "KL"}}, path)
+      >>> os.path.exists(path)
+      True
     """
     from matplotlib.figure import Figure  # no pyplot: no global state, no backend choice
 

@@ -164,8 +164,10 @@ class Encoder28(nn.Module):
 
 
 class Generator28(nn.Module):
-    """x = g(z) for 28x28 images: dense 16 width, dense 7x7x(2 width), two 4x4 stride-2 transposed
-    convolutions; batch normalisation and ReLU, sigmoid at the end.
+    """x = g(z) for 28x28 images: two dense layers, two transposed convolutions, a sigmoid.
+
+    Dense 16 width, dense 7x7x(2 width), then 4x4 stride-2 transposed convolutions; batch normalisation and ReLU
+    between.
 
     Attributes:
       width: channels after the first transposed convolution (published: 64).

@@ -60,7 +60,20 @@ class StepRecord(NamedTuple):
 
 
 def every(step: int, interval: int, num_steps: int) -> bool:
-    """Whether something due each `interval` steps is due after `step`; it always is at the end."""
+    """Whether something due each `interval` steps is due after `step`; it always is at the end.
+
+    Args:
+      step: steps taken.
+      interval: steps between two times; 0 for the end only.
+      num_steps: steps in all.
+
+    Returns:
+      True or False.
+
+    Example:
+      >>> [step for step in range(1, 8) if every(step, 3, 7)]
+      [3, 6, 7]
+    """
     return step == num_steps or (interval > 0 and step % interval == 0)
 
 
@@ -105,6 +118,14 @@ def train(
     Raises:
       NonFiniteLossError: a metric of some step is not finite.
       TrainingInterrupted: `stop` was requested; the state was saved.
+
+    Example:
+      >>> count = lambda state, batch: (state + batch, {"loss": 1.0 / batch})
+      >>> show = lambda record: print(record.step, record.metrics)
+      >>> train(0, count, [1, 2, 4, 8], start_step=0, num_steps=4, on_record=show, record_every=2)
+      2 {'loss': 0.5}
+      4 {'loss': 0.125}
+      15
     """
     pending: list[Mapping[str, jax.Array]] = []
     evaluation: Mapping[str, float] = {}

@@ -1,0 +1,201 @@
+"""The documentation does what it says: its code runs, its links lead somewhere, its reference is complete."""
+
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+TUTORIALS = sorted(DOCS.glob("tutorials/*.py"))
+SNIPPET = re.compile(r'^\s*--8<-- "(.+)"$', flags=re.M)
+
+spec = importlib.util.spec_from_file_location("pages", DOCS / "hooks" / "pages.py")
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The module that writes the API pages; it needs MkDocs' `File`."""
+    pytest.importorskip("mkdocs")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def python_blocks(text):
+    """The fenced Python blocks of a page; a file that is included has tests of its own."""
+    blocks = re.findall(r"^([ ]*)```python\n(.*?)^\1```", text, flags=re.M | re.S)
+    return [textwrap.dedent(block) for _, block in blocks]
+
+
+def slug(heading):
+    """The anchor that MkDocs gives a heading."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if python_blocks(p.read_text(encoding="utf-8"))], ids=name_of)
+def test_python_blocks_run(path, capsys):
+    """Blocks of a page share a namespace, as for a reader who types them one after another."""
+    namespace = {"__name__": "page"}
+    for number, block in enumerate(python_blocks(path.read_text(encoding="utf-8"))):
+        exec(compile(block, f"{name_of(path)}, block {number + 1}", "exec"), namespace)
+    printed = capsys.readouterr().out
+    assert printed
+    for missed in re.findall(r"missed: ([\d.]+)", printed):
+        assert float(missed) < 0.05
+
+
+@pytest.mark.parametrize("path", [ROOT / "README.md", DOCS / "index.md"], ids=name_of)
+def test_the_first_example_is_short(path):
+    for block in python_blocks(path.read_text(encoding="utf-8")):
+        assert len([line for line in block.splitlines() if line.strip() and "import" not in line]) <= 32
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=name_of)
+def test_tutorials_run_and_find_what_they_say(path, monkeypatch, capsys):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("Agg")
+    namespace = {"__name__": "tutorial"}
+    try:
+        exec(compile(path.read_text(encoding="utf-8"), name_of(path), "exec"), namespace)
+        assert len(pyplot.get_fignums()) == path.read_text(encoding="utf-8").count("plt.subplots(")
+    finally:
+        pyplot.close("all")
+    printed = capsys.readouterr().out
+    for angle in re.findall(r"smallest at angle ([\d.]+)", printed):
+        assert abs(float(angle) - 0.5) < 0.02
+    estimate, error = map(float, re.search(r"^kl +([\d.]+) ± ([\d.]+)", printed, flags=re.M).groups())
+    assert abs(estimate - 2) < 6 * error
+    to_data, to_samples = (float(number) for number in re.findall(r"mean distance .*: ([\d.]+)", printed))
+    assert to_data < 0.2
+    assert to_samples < 0.1
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_and_included_files_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for included in SNIPPET.findall(text):
+        assert (ROOT / included).is_file(), included
+    text = re.sub(r"^([ ]*)```.*?^\1```", "", text, flags=re.M | re.S)
+    text = re.sub(r"\$\$.*?\$\$|\$[^$\n]+\$|`[^`\n]+`", "", text, flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https://|mailto:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        file = path if not target else (path.parent / target).resolve()
+        if file.parent == DOCS / "api":  # generated
+            importlib.import_module(file.stem)
+            continue
+        assert file.is_file(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.M)
+            assert anchor in map(slug, headings), link
+
+
+def test_the_site_builds_without_a_warning_and_holds_every_public_name(tmp_path, reference):
+    """The tutorial is not run here: it has a test of its own."""
+    for library in ("material", "mkdocstrings", "mkdocs_jupyter"):
+        pytest.importorskip(library)
+    environment = {**os.environ, "DOCS_EXECUTE": "false", "NO_MKDOCS_2_WARNING": "1"}
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "site").rglob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img)\b[^>]*(?:src|href|mathjax)=[^>]*http[^>]*>", path.read_text())
+        assert not [tag for tag in loaded if 'rel="canonical"' not in tag and "/npm/katex@" not in tag], path
+    spaces = dict(reference.namespaces())
+    for space, names in spaces.items():
+        page = (tmp_path / "site" / "api" / f"{space}.html").read_text(encoding="utf-8")
+        for name in names:
+            place = f'.{name}"' if space == "spread_jax" else f'id="{space}.{name}"'
+            assert place in page or f"{space}.{name}" in spaces, f"{space}.{name}"
+
+
+def test_every_public_name_has_a_place_in_the_reference(reference):
+    pages = dict(reference.api_pages())
+    for space, names in reference.namespaces():
+        module = importlib.import_module(space)
+        assert set(names) == set(module.__all__), space
+        for name in names:
+            value = getattr(module, name)
+            if not inspect.ismodule(value):
+                assert re.search(
+                    rf"(^::: {space}|\[spread_jax\.[\w.]+)\.{name}\b", pages[f"api/{space}.md"], flags=re.M
+                )
+
+
+# These take minutes or a download.
+WITHOUT_EXAMPLE = {"inception_features", "train_features"}
+
+
+def test_public_names_have_a_summary_and_an_example_or_formula(reference):
+    for space, names in reference.namespaces():
+        module = importlib.import_module(space)
+        for name in names:
+            value = getattr(module, name)
+            if inspect.ismodule(value):
+                continue
+            text = inspect.getdoc(value) or ""
+            summary = text.split("\n\n")[0]
+            assert 0 < len(summary) <= 120, f"{space}.{name} has no summary of one line"
+            assert "\n" not in summary, f"{space}.{name} has a summary of several lines"
+            # What others return, raise or fulfil is shown where they do.
+            passive = inspect.isclass(value) and ("Attributes:" in text or issubclass(value, Exception))
+            record = inspect.isclass(value) and (hasattr(value, "_fields") or getattr(value, "_is_protocol", False))
+            tree = inspect.isclass(value) and hasattr(value, "__dataclass_fields__")
+            if not (passive or record or tree or name in WITHOUT_EXAMPLE):
+                formula = re.search(r"^  +.*[=∫]|∫|exp\(", text, flags=re.M)
+                assert ">>>" in text or formula, f"{space}.{name} has neither Example nor formula"
+
+
+def test_docstrings_become_markdown():
+    pytest.importorskip("griffe")
+    module_spec = importlib.util.spec_from_file_location("docstrings", DOCS / "hooks" / "docstrings.py")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    text = inspect.cleandoc(
+        """Spreads x [n, *event] so that <x, y> is finite, as `*` is not.
+
+          D = E f(t) * 2
+
+        Args:
+          x: [n, *event].
+
+        Source: Someone,
+          1999, page 3.
+
+        Example:
+          >>> 2 * 3
+          6
+        """
+    )
+    want = [
+        r"Spreads x [n, \*event] so that &lt;x, y> is finite, as `*` is not.",
+        "",
+        "```text",
+        "D = E f(t) * 2",
+        "```",
+        "",
+        "Args:",
+        r"  x: [n, \*event].",
+        "",
+        "**Source:** Someone, 1999, page 3.",
+        "",
+        "Examples:",
+        "  >>> 2 * 3",
+        "  6",
+    ]
+    assert module.to_markdown(text).splitlines() == want
