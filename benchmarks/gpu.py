@@ -208,7 +208,7 @@ def _rates(found, width, batch_size):
 
 def _density(config, call):
     floor = None
-    for name in (density.FLOOR, density.THREE, density.OURS, density.GRADIENT):
+    for name in (density.FLOOR, density.OURS, density.GRADIENT):
 
         def measure(name=name):
             function, allocated = density.sides([name], config.size, 64)[name]
