@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._checks import check_batch, check_count, check_samples
+from spread_jax._checks import check_batch, check_count, check_positive, check_samples
 from spread_jax._pytree import frozen_pytree
 from spread_jax.linear import _closed_form
 from spread_jax.linear._sampling import (
@@ -151,6 +151,7 @@ def posterior_moments(
       True
     """
     mixing, x = _check_model(mixing, x)
+    _check_noise(noise_scale, observation_scale)
     if mixing.shape[1] > mixing.shape[0]:
         raise ValueError(
             f"mixing must have at most as many columns as rows for importance sampling, got shape {mixing.shape}; "
@@ -276,6 +277,7 @@ def gibbs_step(
     if z.shape != (y.shape[0], mixing.shape[1]):
         raise ValueError(f"z must have shape {(y.shape[0], mixing.shape[1])}, one chain for each y, got {z.shape}.")
     source = _check_scale_mixture(as_source(source))
+    check_positive("noise_scale", noise_scale)
     variance = jnp.square(jnp.asarray(noise_scale, y.dtype))
     mixing, columns, _ = _gibbs_update(mixing, z.T, y.T, variance, source, step_size, key)
     return mixing, columns.T
@@ -362,9 +364,13 @@ def fit(
             f"observation_scale must be positive for method 'em', got {observation_scale}: without noise the "
             f"likelihood is zero and EM does not move; use 'spread_em' or 'closed_form'."
         )
-    for name, value in (("noise_scale", noise_scale), ("observation_scale", observation_scale)):
-        if isinstance(value, (int, float)) and not 0 <= value < math.inf:
-            raise ValueError(f"{name} must not be negative, and finite, got {value}.")
+    if method == "closed_form" and noise_scale is not None:
+        check_positive("noise_scale", noise_scale)
+    elif noise_scale is not None:
+        _check_noise(noise_scale, observation_scale)
+    _check_not_negative("observation_scale", observation_scale)
+    if tolerance is not None:
+        check_positive("tolerance", tolerance)
     known_law = source != "auto" if isinstance(source, str) else True
     source = as_source(source) if known_law else LaplaceSource()
     if method == "gibbs":
@@ -380,13 +386,32 @@ def fit(
         "num_samples": check_count("num_samples", _SAMPLES.get(method, 1) if num_samples is None else num_samples),
         "num_spread_samples": check_count("num_spread_samples", num_spread_samples),
         "rows_per_draw": check_count("rows_per_draw", rows_per_draw),
-        "max_iterations": check_count("max_iterations", max_iterations or _ITERATIONS[method]),
+        "max_iterations": check_count(
+            "max_iterations", _ITERATIONS[method] if max_iterations is None else max_iterations
+        ),
         "tolerance": (1e-5 if method == "closed_form" else 0.01) if tolerance is None else tolerance,
     }
     result, variances = _fit(x, source, noise_scale, observation_scale, key, **options)
     if not isinstance(variances, jax.core.Tracer) and variances.is_fully_addressable:
         _check_rank(np.asarray(variances), directions)
     return result
+
+
+def _check_not_negative(name, value):
+    """Refuses a concrete number that is negative or not finite; traced numbers pass unchecked."""
+    if isinstance(value, (int, float, np.number)) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must not be negative, and finite, got {value}.")
+
+
+def _check_noise(noise_scale, observation_scale):
+    """Refuses a model without any noise, whose likelihood is zero."""
+    concrete = all(isinstance(value, (int, float, np.number)) for value in (noise_scale, observation_scale))
+    _check_not_negative("noise_scale", noise_scale)
+    _check_not_negative("observation_scale", observation_scale)
+    if concrete and not noise_scale > 0 and not observation_scale > 0:
+        raise ValueError(
+            "noise_scale and observation_scale must not both be 0: without noise the likelihood of x = A z is zero."
+        )
 
 
 def _check_rank(variances, directions):
