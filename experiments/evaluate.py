@@ -1,4 +1,4 @@
-"""Evaluates a finished run of experiments.celeba: samples against held-out images, bounds, a memorisation check.
+"""Evaluates a finished run of any noise and objective: samples against held-out images, bounds, a memorisation check.
 
   python -m experiments.evaluate runs/celeba/demo-0                          features trained on the run's own data
   python -m experiments.evaluate runs/celeba/demo-0 --features inception     the literature's FID and KID
@@ -9,7 +9,8 @@ Adds `evaluation` to the run's results.json, draws neighbours.png and writes rep
   kernel_distance      unbiased, with its standard error
   precision, recall, density, coverage; sharpness over that of real images (1 is as sharp)
   real_*               the same for training against held-out images: what a perfect generator would get
-  importance_bound     on the spread log-likelihood of held-out images, nats per example at the run's final sigma
+  importance_bound     on the spread log-likelihood of held-out images, nats per example at the run's last noise, where
+                       an encoder of spread images was trained; annealed importance sampling needs none
   memorised_share      of samples nearer to a training image than 99 % of the held-out images are: expect 0.01
 
 Features of the run's own data are trained once for each data set, a few minutes on 2 cores, see
@@ -33,9 +34,9 @@ import tyro
 
 from experiments import _launch
 from experiments import features as feature_training
-from experiments.celeba import IMAGE_SIZE, Model
+from experiments._generator import Model
 from experiments.sample import draw, load_run
-from spread_jax import GaussianNoise, spread_importance_bound
+from spread_jax import spread_importance_bound
 from spread_jax.data import Dataset, open_dataset
 from spread_jax.evaluation import (
     FeatureNetwork,
@@ -110,7 +111,8 @@ def open_data(config: Config, model: Model, saved: dict) -> tuple[Dataset, Datas
     open_split = functools.partial(
         open_dataset,
         config.data or trained.data,
-        image_size=IMAGE_SIZE,
+        image_size=model.image_shape[0],
+        channels=model.image_shape[2],
         crop=trained.crop,
         max_examples=trained.max_examples,
         cache_dir=config.cache_dir or trained.cache_dir,
@@ -178,19 +180,40 @@ def draw_samples(model: Model, variables, num: int, seed: int) -> np.ndarray:
     return np.concatenate(images)
 
 
+class _Unspread:
+    """Leaves data as they are and scores them under the decoder's distribution: the one-sided case of a VAE."""
+
+    def __init__(self, noise):
+        self.log_prob, self.location = noise.log_prob, noise.location
+
+    def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
+        """x itself."""
+        return x
+
+
 def likelihoods(config: Config, model: Model, state, test: Dataset, say) -> dict[str, float]:
-    """The importance-weighted bound, and annealed importance sampling, of held-out images."""
+    """The importance-weighted bound, and annealed importance sampling, of held-out images.
+
+    Of images spread by the run's last noise; of `elbo`, of the images themselves under its decoder's distribution. The
+    first needs an encoder of these, so a GAN has the second alone, and the Wasserstein autoencoder, which has no noise,
+    has neither.
+    """
+    if model.config.objective == "wae_mmd":
+        return {}
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    scale = model.noise_scale(state.step)
+    noise, _ = model.noise_of(state)
+    if model.config.objective == "elbo":
+        noise = _Unspread(noise)
     networks = {
         name: functools.partial(
             module.apply, {"params": state.params[name], "batch_stats": state.model_state[name]}, train=False
         )
         for name, module in (("encoder", model.encoder), ("generator", model.generator))
+        if name in state.params
     }
-    encode, decode, noise = networks["encoder"], networks["generator"], GaussianNoise(scale)
+    encode, decode = networks.get("encoder"), networks["generator"]
     unit = lambda batch: batch.astype(jnp.float32) / 255
-    found: dict[str, float] = {"noise_scale": float(scale)}
+    found: dict[str, float] = {"noise_scale": model.noise_scale(state)}
 
     @jax.jit
     def bound(batch, *, key):
@@ -207,7 +230,7 @@ def likelihoods(config: Config, model: Model, state, test: Dataset, say) -> dict
             num_steps=config.annealed_steps, num_chains=config.annealed_chains, key=chain_key,
         )  # fmt: skip
 
-    if config.importance_examples:
+    if config.importance_examples and encode is not None:
         images = test.images[: config.importance_examples]
         result = held_out_bound(bound, images, batch_size=10, key=key)
         found |= {

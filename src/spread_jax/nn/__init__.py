@@ -1,7 +1,14 @@
-"""Flax Linen networks: encoders and generators, invertible maps, and convolutions fast on every platform."""
+"""Flax Linen networks: encoders, generators, discriminators, invertible maps, convolutions fast on every platform."""
 
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
-from spread_jax.nn.images import Encoder28, Encoder64, Generator28, Generator64
+from spread_jax.nn.images import (
+    Discriminator28,
+    Discriminator64,
+    Encoder28,
+    Encoder64,
+    Generator28,
+    Generator64,
+)
 from spread_jax.nn.invertible import (
     Inverse,
     InvertibleResidual,
@@ -16,6 +23,8 @@ from spread_jax.nn.invertible import (
 __all__ = [
     "Conv",
     "ConvTranspose",
+    "Discriminator28",
+    "Discriminator64",
     "Encoder28",
     "Encoder64",
     "Generator28",
