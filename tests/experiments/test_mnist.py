@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from experiments import _launch, _noise, mnist
+from experiments import _generator, _launch, _noise, mnist
 from spread_jax.training import NoiseCollapseError, TrainingInterrupted
 
 CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
@@ -42,6 +43,7 @@ class Encoder(nn.Module):
 
     latent_dim: int
     width: int
+    dtype: Any
 
     @nn.compact
     def __call__(self, y, *, train):
@@ -53,6 +55,8 @@ class Generator(nn.Module):
     """Stands for `Generator28`."""
 
     width: int
+    channels: int
+    dtype: Any
     native_gradients: bool = False
 
     @nn.compact
@@ -67,8 +71,8 @@ def in_this_process(tmp_path_factory):
     before = {name: getattr(jax.config, name) for name in CACHE}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_launch, "configure_jax", lambda: None)
-        patch.setattr(mnist, "Encoder28", Encoder)
-        patch.setattr(mnist, "Generator28", Generator)
+        patch.setattr(_generator, "Encoder28", Encoder)
+        patch.setattr(_generator, "Generator28", Generator)
         patch.setenv("SPREAD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         try:
             for name, value in zip(CACHE, (str(tmp_path_factory.mktemp("xla")), 0.05), strict=True):
@@ -109,7 +113,7 @@ def recorded(folder):
 
 def test_a_run_leaves_everything_it_promises(unbroken):
     results = json.loads((unbroken / "results.json").read_text())
-    assert set(results["noises"]) == set(mnist.NOISES)
+    assert set(results["noises"]) == set(_noise.NOISES)
     for kind, numbers in results["noises"].items():
         assert numbers == json.loads((unbroken / kind / "results.json").read_text())
         assert math.isfinite(numbers["held_out_elbo_nats"])
@@ -211,7 +215,7 @@ def test_principal_directions_are_scikit_learns():
 
 def test_tangents_span_the_differences_of_nearby_images(unbroken):
     config = dataclasses.replace(mnist.PRESETS["demo"], **TINY)
-    model = mnist.Model(config, "gaussian")
+    model = mnist.Model(dataclasses.replace(config, noise="gaussian"), mnist.IMAGE)
     variables = model.initial_state().ema
     z = jax.random.normal(jax.random.key(0), (2, 3))
     bases = model.tangents(variables, z)
@@ -223,17 +227,17 @@ def test_tangents_span_the_differences_of_nearby_images(unbroken):
         assert np.linalg.norm(outside) < 0.05 * np.linalg.norm(moves)
 
 
-@pytest.mark.parametrize("kind", mnist.NOISES)
+@pytest.mark.parametrize("kind", _noise.NOISES)
 def test_the_published_preset_is_the_papers_and_traces(kind, monkeypatch):
     from spread_jax.nn import Encoder28, Generator28
 
-    monkeypatch.setattr(mnist, "Encoder28", Encoder28)
-    monkeypatch.setattr(mnist, "Generator28", Generator28)
+    monkeypatch.setattr(_generator, "Encoder28", Encoder28)
+    monkeypatch.setattr(_generator, "Generator28", Generator28)
     config = mnist.PRESETS["published"]
     assert (config.width, config.batch_size, config.learning_rate, config.beta1) == (64, 100, 1e-4, 0.5)
     assert (config.rank, config.noise_learning_rate, config.ascent_steps) == (20, 1e-5, 1000)
     assert (config.transform_features, config.transform_coefficient) == (32, 0.1)
-    model = mnist.Model(config, kind)
+    model = mnist.Model(dataclasses.replace(config, noise=kind), mnist.IMAGE)
     state = jax.eval_shape(model.initial_state)
     batch = jax.ShapeDtypeStruct((100, 28, 28, 1), np.uint8)
     parts = (state.params, state.noise_params, state.model_state, state.noise_state, batch)
@@ -245,7 +249,8 @@ def test_the_published_preset_is_the_papers_and_traces(kind, monkeypatch):
 
 def test_the_noise_cannot_learn_to_mislead_the_encoder():
     """The gradient of its objective is that for an encoder that returns the same whatever it sees."""
-    model = mnist.Model(dataclasses.replace(mnist.PRESETS["demo"], **TINY), "low_rank")
+    config = dataclasses.replace(mnist.PRESETS["demo"], noise="low_rank", **TINY)
+    model = mnist.Model(config, mnist.IMAGE)
     state, encoder = model.initial_state(), model.encoder
     batch = np.random.default_rng(0).integers(0, 256, size=(4, 28, 28, 1), dtype=np.uint8)
     seen = []
