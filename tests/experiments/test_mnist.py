@@ -5,21 +5,17 @@ import json
 import math
 import os
 import signal
-from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from experiments import _generator, _launch, _noise, mnist
 from spread_jax.training import NoiseCollapseError, TrainingInterrupted
 
-CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 TINY = {
     "steps": 8,
     "width": 2,
@@ -38,51 +34,7 @@ TINY = {
 }
 
 
-class Encoder(nn.Module):
-    """Stands for `Encoder28`, which takes long to compile and is tested where it is."""
-
-    latent_dim: int
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, y, *, train):
-        h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(y.reshape(len(y), -1)))
-        return nn.Dense(self.latent_dim)(h), nn.Dense(self.latent_dim)(h)
-
-
-class Generator(nn.Module):
-    """Stands for `Generator28`."""
-
-    width: int
-    channels: int
-    dtype: Any
-    native_gradients: bool = False
-
-    @nn.compact
-    def __call__(self, z, *, train):
-        h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(z))
-        return nn.sigmoid(nn.Dense(28 * 28)(nn.tanh(h))).reshape(-1, 28, 28, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process(tmp_path_factory):
-    """Small networks, no compiler settings, caches of its own: of images, and of programs compiled by several tests."""
-    before = {name: getattr(jax.config, name) for name in CACHE}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "configure_jax", lambda: None)
-        patch.setattr(_generator, "Encoder28", Encoder)
-        patch.setattr(_generator, "Generator28", Generator)
-        patch.setenv("SPREAD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        try:
-            for name, value in zip(CACHE, (str(tmp_path_factory.mktemp("xla")), 0.05), strict=True):
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def run(workdir, **changes):
@@ -96,7 +48,7 @@ def result(capsys):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(small_networks, tmp_path_factory):
     """All four noises from start to end."""
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"
     assert run(workdir) == 0

@@ -6,9 +6,11 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from spread_jax.nn import Encoder28, Encoder64, Generator28, Generator64
+from spread_jax import GaussianNoise, spread_gan_losses
+from spread_jax.nn import Discriminator28, Discriminator64, Encoder28, Encoder64, Generator28, Generator64
 
 
 def kernel_shapes(module, *arguments):
@@ -107,3 +109,51 @@ def test_evaluation_treats_examples_apart():
     variables = encoder.init(jax.random.key(0), x, train=False)
     evaluate = lambda x: encoder.apply(variables, x, train=False)[0]
     np.testing.assert_allclose(evaluate(x)[:1], evaluate(x[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_discriminators_mirror_the_generators():
+    for module, shape, expected in (
+        (Discriminator64(width=4), (64, 64, 3), [(5, 5, 3, 4), (5, 5, 4, 8), (5, 5, 8, 16), (5, 5, 16, 32), (512, 1)]),
+        (Discriminator28(width=4), (28, 28, 1), [(4, 4, 1, 4), (4, 4, 4, 8), (392, 64), (64, 1)]),
+    ):
+        variables = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, *shape)))
+        assert set(variables) == {"params"}  # no statistics of a batch
+        leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+        assert [leaf.shape for path, leaf in leaves if path[-1].key == "kernel"] == expected
+
+
+def test_a_discriminator_of_equal_distributions_ends_at_2_log_2():
+    """The logistic loss 2 log 2 - 2 JS of two equal sets, never below 2 log 2 and there at v = 0; each image alone."""
+    discriminator, noise = Discriminator28(width=2), GaussianNoise(1e-3)
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(8, 28, 28, 1)), jnp.float32)
+    start = discriminator.init(jax.random.key(0), x)
+    optimizer = optax.adam(0.02)
+
+    def loss(params):
+        v = lambda y: discriminator.apply(params, y)
+        losses = spread_gan_losses(x, x[::-1], v, noise, key=jax.random.key(1))
+        return 2 * jnp.log(2.0) - 2 * losses.divergence, v(x)
+
+    @jax.jit
+    def step(params, opt_state):
+        (value, v), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(params, updates), opt_state, value, v, gradient
+
+    assert float(step(start, optimizer.init(start))[2]) == pytest.approx(2 * np.log(2), abs=1e-6)
+    leaves, tree = jax.tree.flatten(start)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    params = jax.tree.unflatten(
+        tree, [v + 0.2 * jax.random.normal(k, v.shape) for v, k in zip(leaves, keys, strict=True)]
+    )
+    opt_state = optimizer.init(params)
+    values = []
+    for _ in range(60):
+        before = params
+        params, opt_state, value, v, gradient = step(params, opt_state)
+        values.append(float(value))
+    assert values[0] > 2 * np.log(2) + 0.01
+    assert min(values) > 2 * np.log(2) - 1e-3
+    assert values[-1] == pytest.approx(2 * np.log(2), abs=5e-3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    np.testing.assert_allclose(discriminator.apply(before, x[:1]), v[:1], rtol=1e-3, atol=1e-4)
