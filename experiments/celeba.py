@@ -176,7 +176,8 @@ def _train_and_report(config, run, datasets, say) -> int:
     }
     run.write_results(results)
     write_report(run.path, real_images=config.report_real_images)
-    say(f"figures: {run.path}/samples.png, reconstructions.png, interpolations.png, curves.png; all in report.html")
+    figures = sorted(path.name for path in run.path.glob("*.png"))
+    say(f"figures: {run.path}/{', '.join(figures)}; all in report.html")
     _launch.print_result(results)
     return 0
 

@@ -369,7 +369,8 @@ def main(argv: list[str] | None = None) -> int:
         }
         run.write_results(results)
         write_report(run.path)
-        say(f"figures and report: {run.path}/samples.png, covariance.png, curves.png, report.html")
+        figures = sorted(path.name for path in run.path.glob("*.png"))
+        say(f"figures and report: {run.path}/{', '.join(figures)}, report.html")
         _launch.print_result(results)
     return 0
 

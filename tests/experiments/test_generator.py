@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import _generator, _launch, _noise, _train, celeba, evaluate, mnist
-from spread_jax import GaussianNoise, elbo, spread_importance_bound
+from spread_jax import GaussianNoise, spread_importance_bound
 from spread_jax.data import open_dataset
 from spread_jax.training import Checkpointer, RunDirectory
 
@@ -28,8 +28,7 @@ FEW = [
     ("elbo", "laplace", {"learned_scale": True}),
     ("importance", "low_rank", {}),
     ("wae_mmd", "gaussian", {}),
-    ("spread_gan", "gaussian", {"discriminator_steps": 2, "gan_divergence": "kl"}),
-    ("spread_gan", "low_rank", {}),
+    ("spread_gan", "low_rank", {"discriminator_steps": 2, "gan_divergence": "kl"}),
 ]
 ALL = [(o, n, {}) for o in _generator.OBJECTIVES for n in _generator.admitted_noises(o)]
 PAIRS = ALL if os.environ.get("SPREAD_JAX_ALL_PAIRS") else FEW
@@ -231,8 +230,6 @@ def test_an_evaluation_has_what_its_objective_can_tell():
     found = spread_importance_bound(x, encode, lambda z: z, noise, key=key, num_samples=1).bound
     exact = -0.5 * x[:, 0] ** 2 / (1 + s**2) - 0.5 * math.log(2 * math.pi * (1 + s**2))
     np.testing.assert_allclose(found, exact, rtol=1e-5)
-    mean = elbo(jnp.tile(x, (4000, 1)), encode, lambda z: z, GaussianNoise(s), key=key).elbo.reshape(-1, 2).mean(axis=0)
-    np.testing.assert_allclose(mean, exact, atol=0.05)
 
 
 def test_a_run_trains_resumes_and_is_restored(tmp_path):
