@@ -127,11 +127,14 @@ class GeneratorConfig:
     """Channels of the discriminator's first convolution; as of the encoder's if not given."""
     discriminator_steps: int = 1
     """Steps of the discriminator for each of the generator."""
-    discriminator_learning_rate: float = 1e-3
+    discriminator_learning_rate: float = 2e-3
     """Adam's learning rate for the discriminator."""
+    generator_learning_rate: float = 1e-3
+    """Adam's learning rate for a GAN's generator, in place of the model's: where it is the discriminator's or larger,
+    the discriminator falls behind and its bound ends at 0 whatever the samples are."""
 
     learning_rate: float = 2e-3
-    """Adam's learning rate for the model, after the warm-up."""
+    """Adam's learning rate for the model, after the warm-up; of a GAN, see --generator-learning-rate."""
     final_learning_rate_fraction: float = 0.1
     """Cosine decay to this fraction of the learning rate; 1 for none."""
     warmup_steps: int = 50
@@ -218,7 +221,7 @@ def check_config(config: GeneratorConfig, image_shape: tuple[int, int, int]) -> 
         "width",
     )  # fmt: skip
     _launch.require_at_least(config, 0, "seed", "warmup_steps", "mmd_weight")
-    _launch.require_positive(config, "learning_rate", "discriminator_learning_rate")
+    _launch.require_positive(config, "learning_rate", "discriminator_learning_rate", "generator_learning_rate")
     check_noise_config(config, math.prod(image_shape))
     if image_shape[0] == 64 and config.width % 2:
         raise _launch.UsageError(f"--width must be an even number of at least 2, got {config.width}.")
@@ -338,7 +341,7 @@ class Model:
         self.noises = NoiseFamily(config.noise, config, self.image_shape, self.schedule)
         self.num_steps = self.schedule.steps_for(config.steps)
         rate = learning_rate_schedule(
-            config.learning_rate,
+            config.generator_learning_rate if self.adversarial else config.learning_rate,
             num_steps=config.steps,
             warmup=min(config.warmup_steps, config.steps // 2),
             final_fraction=config.final_learning_rate_fraction,

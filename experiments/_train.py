@@ -57,8 +57,7 @@ def fit(
     """Trains from the newest sound checkpoint, or from the start, to `config.steps`.
 
     Args:
-      config: has `steps`, `batch_size`, `record_every`, `sample_every`, `save_every`, `learning_rate`,
-        `noise_scale` and `quiet`.
+      config: a `GeneratorConfig`, whose `steps` are those of all players.
       run: gets a line of metrics at every record and evaluation.
       saver: gets the state every `save_every` steps.
       loader: batches by step.
@@ -126,8 +125,10 @@ def fit(
         saver.wait()
         last = saver.latest_step
         kept = f"The last good checkpoint is step {last} in {run.checkpoints_path}." if last is not None else ""
+        rate = "generator_learning_rate" if config.objective == "spread_gan" else "learning_rate"
         raise _launch.UsageError(
-            f"{error} {kept} Nothing after it was saved. Try a smaller --learning-rate (now {config.learning_rate}), "
+            f"{error} {kept} Nothing after it was saved. "
+            f"Try a smaller --{rate.replace('_', '-')} (now {getattr(config, rate)}), "
             f"a larger --noise-scale (now {config.noise_scale}), or --compute-dtype float32, in a new --workdir."
         ) from None
     saver.wait()
