@@ -127,9 +127,9 @@ class GeneratorConfig:
     """Channels of the discriminator's first convolution; as of the encoder's if not given."""
     discriminator_steps: int = 1
     """Steps of the discriminator for each of the generator."""
-    discriminator_learning_rate: float = 2e-3
+    discriminator_learning_rate: float = 5e-4
     """Adam's learning rate for the discriminator."""
-    generator_learning_rate: float = 1e-3
+    generator_learning_rate: float = 3e-4
     """Adam's learning rate for a GAN's generator, in place of the model's: where it is the discriminator's or larger,
     the discriminator falls behind and its bound ends at 0 whatever the samples are."""
 

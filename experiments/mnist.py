@@ -63,6 +63,8 @@ class Config(_generator.GeneratorConfig):
     noise_decay_every: int = 25
     mmd_weight: float = 10.0
     """Weight of the Wasserstein autoencoder's penalty on the latents (published for MNIST: 10)."""
+    discriminator_learning_rate: float = 2e-3
+    generator_learning_rate: float = 1e-3
     learning_rate: float = 5e-3
     warmup_steps: int = 0
     ema_decay: float = 0.98

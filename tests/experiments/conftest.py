@@ -9,11 +9,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import _generator, _launch
 
-SETTINGS = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_disable_most_optimizations",  # such small programs take longer to compile than to run
-)
+CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+QUICK = "jax_disable_most_optimizations"  # such small programs take longer to compile than to run
 
 
 class Encoder(nn.Module):
@@ -57,7 +54,7 @@ class Discriminator(nn.Module):
 @pytest.fixture(scope="module")
 def small_networks(tmp_path_factory):
     """These networks, quick compilation, caches of its own: of images, and of programs compiled by several tests."""
-    before = {name: getattr(jax.config, name) for name in SETTINGS}
+    before = {name: getattr(jax.config, name) for name in CACHE} | {QUICK: jax.config.read(QUICK)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_launch, "configure_jax", lambda: None)
         patch.setattr(_generator, "Encoder28", Encoder)
@@ -65,7 +62,7 @@ def small_networks(tmp_path_factory):
         patch.setattr(_generator, "Discriminator28", Discriminator)
         patch.setenv("SPREAD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         try:
-            for name, value in zip(SETTINGS, (str(tmp_path_factory.mktemp("xla")), 0.05, True), strict=True):
+            for name, value in zip((*CACHE, QUICK), (str(tmp_path_factory.mktemp("xla")), 0.05, True), strict=True):
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
             yield

@@ -124,36 +124,35 @@ def test_discriminators_mirror_the_generators():
 
 def test_a_discriminator_of_equal_distributions_ends_at_2_log_2():
     """The logistic loss 2 log 2 - 2 JS of two equal sets, never below 2 log 2 and there at v = 0; each image alone."""
-    discriminator, noise = Discriminator28(width=2), GaussianNoise(1e-3)
-    x = jnp.asarray(np.random.default_rng(0).uniform(size=(8, 28, 28, 1)), jnp.float32)
-    start = discriminator.init(jax.random.key(0), x)
-    optimizer = optax.adam(0.02)
-
-    def loss(params):
-        v = lambda y: discriminator.apply(params, y)
-        losses = spread_gan_losses(x, x[::-1], v, noise, key=jax.random.key(1))
-        return 2 * jnp.log(2.0) - 2 * losses.divergence, v(x)
+    discriminator, noise, optimizer = Discriminator28(width=2), GaussianNoise(1e-3), optax.adam(0.02)
+    rng = np.random.default_rng(0)
+    x, other = (jnp.asarray(rng.uniform(size=(8, 28, 28, 1)), jnp.float32) for _ in range(2))
+    shapes = jax.eval_shape(discriminator.init, jax.random.key(0), x)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
 
     @jax.jit
-    def step(params, opt_state):
+    def step(params, opt_state, x):
+        def loss(params):
+            v = lambda y: discriminator.apply(params, y)
+            losses = spread_gan_losses(x, x[::-1], v, noise, key=jax.random.key(1))
+            return 2 * jnp.log(2.0) - 2 * losses.divergence, v(x)
+
         (value, v), gradient = jax.value_and_grad(loss, has_aux=True)(params)
         updates, opt_state = optimizer.update(gradient, opt_state)
         return optax.apply_updates(params, updates), opt_state, value, v, gradient
 
-    assert float(step(start, optimizer.init(start))[2]) == pytest.approx(2 * np.log(2), abs=1e-6)
-    leaves, tree = jax.tree.flatten(start)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    params = jax.tree.unflatten(
-        tree, [v + 0.2 * jax.random.normal(k, v.shape) for v, k in zip(leaves, keys, strict=True)]
-    )
     opt_state = optimizer.init(params)
+    even = {"params": {**params["params"], "score": jax.tree.map(jnp.zeros_like, params["params"]["score"])}}
+    assert float(step(even, opt_state, x)[2]) == pytest.approx(2 * np.log(2), abs=1e-6)
+    alone, among_others = (step(params, opt_state, batch)[3] for batch in (x, other.at[0].set(x[0])))
+    np.testing.assert_allclose(alone[0], among_others[0], rtol=1e-4, atol=1e-5)
+    assert np.abs(alone[1:] - among_others[1:]).min() > 1e-4
     values = []
+    params["params"]["score"] = jax.tree.map(lambda leaf: 5 * leaf, params["params"]["score"])
     for _ in range(60):
-        before = params
-        params, opt_state, value, v, gradient = step(params, opt_state)
+        params, opt_state, value, _, gradient = step(params, opt_state, x)
         values.append(float(value))
     assert values[0] > 2 * np.log(2) + 0.01
     assert min(values) > 2 * np.log(2) - 1e-3
     assert values[-1] == pytest.approx(2 * np.log(2), abs=5e-3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
-    np.testing.assert_allclose(discriminator.apply(before, x[:1]), v[:1], rtol=1e-3, atol=1e-4)
