@@ -1,6 +1,7 @@
 """Flax Linen networks: encoders, generators, discriminators, invertible maps, convolutions fast on every platform."""
 
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
+from spread_jax.nn.flows import CouplingFlow
 from spread_jax.nn.images import (
     Discriminator28,
     Discriminator64,
@@ -23,6 +24,7 @@ from spread_jax.nn.invertible import (
 __all__ = [
     "Conv",
     "ConvTranspose",
+    "CouplingFlow",
     "Discriminator28",
     "Discriminator64",
     "Encoder28",
