@@ -87,9 +87,9 @@ def features_of(extract: Features, images: np.ndarray) -> np.ndarray:
     ])  # fmt: skip
 
 
-def some_of(dataset: Dataset, count: int, seed: int) -> np.ndarray:
-    """Random images of a split: as many training images as held-out ones stand for a perfect generator."""
-    return dataset.images[np.sort(np.random.default_rng(seed).permutation(len(dataset))[:count])]
+def random_rows(length: int, count: int, seed: int) -> np.ndarray:
+    """Indices of `count` of the training images, at most all: they stand for a perfect generator."""
+    return np.sort(np.random.default_rng(seed).permutation(length)[:count])
 
 
 def distances(fake: np.ndarray, real: np.ndarray, *, infinity_key: jax.Array | None = None) -> dict[str, float | None]:

@@ -108,9 +108,7 @@ class CouplingFlow(nn.Module):
     def _masks(self, dtype: Any) -> list[np.ndarray]:
         bits = max(1, (self.dim - 1).bit_length())
         index = np.arange(self.dim)
-        return [
-            ((index >> (layer // 2 % bits) & 1) ^ (layer & 1)).astype(dtype) for layer in range(self.num_couplings)
-        ]
+        return [((index >> (layer // 2 % bits) & 1) ^ (layer & 1)).astype(dtype) for layer in range(self.num_couplings)]
 
     def _check(self, name: str, value: jax.Array) -> jax.Array:
         value = check_batch(name, value)
