@@ -1,4 +1,4 @@
-"""Flax Linen networks: encoders, generators, discriminators, invertible maps, convolutions fast on every platform."""
+"""Flax Linen networks: encoders, generators, discriminators, invertible maps, a flow, fast convolutions."""
 
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
 from spread_jax.nn.flows import CouplingFlow
