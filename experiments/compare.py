@@ -120,6 +120,7 @@ PRESETS = {
     "digits": Config(
         preset="digits",
         data="digits",
+        seeds=2,
         image_size=28,
         steps=300,
         batch_size=64,
