@@ -8,6 +8,7 @@ Variational to Deterministic Autoencoders, ICLR 2020 (a mixture fitted after tra
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Posteriors(NamedTuple):
 
     def draw(self, key: jax.Array) -> np.ndarray:
         """One z [n, Z] for each image: draws of the aggregate posterior."""
-        return self.mean + self.std * np.asarray(jax.random.normal(key, self.mean.shape))
+        return self.mean + self.std * _host(key).standard_normal(self.mean.shape, np.float32)
 
 
 class LatentDensity(NamedTuple):
@@ -78,14 +79,15 @@ def fit_mixture(found: Posteriors, *, components: int, seed: int) -> LatentDensi
 
     draws = found.draw(jax.random.key(seed)).astype(np.float64)
     fitted = GaussianMixture(components, covariance_type="full", reg_covar=1e-4, random_state=seed, max_iter=200)
-    with np.errstate(all="ignore"):
-        _without_warnings(fitted.fit, draws)
+    with warnings.catch_warnings():  # EM that stops at its last iteration is still a mixture
+        warnings.simplefilter("ignore")
+        fitted.fit(draws)
     roots = np.linalg.cholesky(fitted.covariances_)
 
     def sample(num: int, key: jax.Array) -> np.ndarray:
-        choice, normal = jax.random.split(key)
-        which = np.asarray(jax.random.choice(choice, components, (num,), p=jnp.asarray(fitted.weights_)))
-        u = np.asarray(jax.random.normal(normal, (num, draws.shape[1])))
+        chance = _host(key)
+        which = chance.choice(components, num, p=fitted.weights_)
+        u = chance.standard_normal((num, draws.shape[1]))
         return (fitted.means_[which] + np.einsum("nij,nj->ni", roots[which], u)).astype(np.float32)
 
     return LatentDensity(sample, lambda z: fitted.score_samples(np.asarray(z, np.float64)))
@@ -105,6 +107,8 @@ def fit_flow(
 ) -> LatentDensity:
     """A flow of couplings, by Adam on draws that are new at every step; the best of its evaluations is kept.
 
+    It starts from the means and standard deviations of the draws: what is left to learn is the shape.
+
     Args:
       train: what it is fitted to.
       validation: what decides which of `evaluations` equally spaced steps is kept.
@@ -119,48 +123,46 @@ def fit_flow(
     dim = train.mean.shape[1]
     flow = CouplingFlow(dim, num_couplings=couplings, width=width)
     init_key, run_key, validation_key = jax.random.split(jax.random.key(seed), 3)
-    # It starts from the moments of the draws: what is left to learn is the shape.
-    centre, spread = _moments(train)
     between = max(1, round(steps / evaluations))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, between * evaluations))
-    mean, std = jnp.asarray(train.mean), jnp.asarray(train.std)
-    held_out = jnp.asarray(validation.draw(validation_key))
-
-    @jax.jit
-    def start():
-        variables = flow.init(init_key, jnp.zeros((1, dim)))
-        params = {**variables["params"], "shift": jnp.asarray(centre), "log_scale": jnp.log(jnp.asarray(spread))}
-        return {"params": params}
+    data = {"mean": train.mean, "std": train.std, "held_out": validation.draw(validation_key)}
+    data = {name: jnp.asarray(values, jnp.float32) for name, values in data.items()}
 
     @jax.jit
     def log_density(variables, z):
         return flow.apply(variables, z, method="log_density")
 
     @jax.jit
-    def advance(variables, opt_state, first):
+    def start(key, centre, spread):
+        variables = flow.init(key, jnp.zeros((1, dim)))
+        variables = {"params": {**variables["params"], "shift": centre, "log_scale": jnp.log(spread)}}
+        return variables, optimizer.init(variables)
+
+    # What differs between seeds is passed in, so that they share one compilation.
+    @jax.jit
+    def advance(variables, opt_state, data, key, first):
         def step(carry, index):
             variables, opt_state = carry
-            row_key, draw_key = jax.random.split(jax.random.fold_in(run_key, index))
-            rows = jax.random.randint(row_key, (batch_size,), 0, len(mean))
-            z = mean[rows] + std[rows] * jax.random.normal(draw_key, (batch_size, dim))
+            row_key, draw_key = jax.random.split(jax.random.fold_in(key, index))
+            rows = jax.random.randint(row_key, (batch_size,), 0, len(data["mean"]))
+            z = data["mean"][rows] + data["std"][rows] * jax.random.normal(draw_key, (batch_size, dim))
             gradient = jax.grad(lambda v: -log_density(v, z).mean())(variables)
             updates, opt_state = optimizer.update(gradient, opt_state)
             return (optax.apply_updates(variables, updates), opt_state), None
 
         (variables, opt_state), _ = jax.lax.scan(step, (variables, opt_state), first + jnp.arange(between))
-        return variables, opt_state, log_density(variables, held_out).mean()
+        return variables, opt_state, log_density(variables, data["held_out"]).mean()
 
-    variables = start()
-    opt_state = optimizer.init(variables)
-    best, best_score = variables, float(log_density(variables, held_out).mean())
+    variables, opt_state = start(init_key, *_moments(train))
+    best, best_score = variables, float(log_density(variables, data["held_out"]).mean())
     for evaluation in range(evaluations):
-        variables, opt_state, score = advance(variables, opt_state, evaluation * between)
+        variables, opt_state, score = advance(variables, opt_state, data, run_key, evaluation * between)
         if float(score) > best_score:
             best, best_score = variables, float(score)
 
-    forward = jax.jit(lambda u: flow.apply(best, u)[0])
+    forward = jax.jit(lambda variables, u: flow.apply(variables, u)[0])
     return LatentDensity(
-        lambda num, key: np.asarray(forward(jax.random.normal(key, (num, dim)))),
+        lambda num, key: np.asarray(forward(best, jax.random.normal(key, (num, dim)))),
         lambda z: np.asarray(log_density(best, jnp.asarray(z, jnp.float32))),
     )
 
@@ -171,10 +173,6 @@ def _moments(found: Posteriors) -> tuple[np.ndarray, np.ndarray]:
     return found.mean.mean(axis=0), np.sqrt(variance)
 
 
-def _without_warnings(call: Callable, *arguments: Any) -> Any:
-    """EM that stops at its last iteration is still a mixture; its held-out density says how good."""
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*arguments)
+def _host(key: jax.Array) -> np.random.Generator:
+    """NumPy's generator, seeded by a JAX key: nothing to compile for each shape."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)).ravel())

@@ -88,6 +88,8 @@ class Config(GeneratorConfig):
     """Gaussians in the mixture of latents; 0 for no such row."""
     flow_steps: int = 1500
     """Adam steps of the flow of latents; 0 for no such row."""
+    flow_couplings: int = 8
+    """Couplings of the flow."""
     latent_examples: int = 20_000
     """Training images whose posteriors the mixture and the flow are fitted to, at most."""
 
@@ -177,6 +179,10 @@ RESUMABLE = (
 )
 
 
+# What a run's scores depend on, besides its training.
+SCORING = ("samples", "mixture_components", "flow_steps", "flow_couplings", "latent_examples")
+
+
 class Method(NamedTuple):
     """A row of the table.
 
@@ -194,14 +200,12 @@ class Method(NamedTuple):
 ROWS = {
     "vae": Method("VAE", lambda c: {"objective": "elbo"}, ()),
     "fixed": Method("fixed Gaussian", lambda c: {}, ("vae",)),
-    "laplace": Method("fixed Laplace", lambda c: {"noise": "laplace"}, ("fixed", "vae")),
-    "low_rank": Method("learned covariance", lambda c: {"noise": "low_rank"}, ("fixed", "vae")),
-    "transformed": Method("learned location", lambda c: {"noise": "transformed"}, ("fixed", "vae")),
-    "wae_mmd": Method("WAE-MMD", lambda c: {"objective": "wae_mmd"}, ("fixed", "vae")),
+    "laplace": Method("fixed Laplace", lambda c: {"noise": "laplace"}, ("fixed",)),
+    "low_rank": Method("learned covariance", lambda c: {"noise": "low_rank"}, ("fixed",)),
+    "transformed": Method("learned location", lambda c: {"noise": "transformed"}, ("fixed",)),
+    "wae_mmd": Method("WAE-MMD", lambda c: {"objective": "wae_mmd"}, ("fixed",)),
     "spread_gan": Method("spread GAN", lambda c: {"objective": "spread_gan"}, ("fixed",)),
-    "learned_sigma": Method(
-        "VAE, learned sigma", lambda c: {"objective": "elbo", "learned_scale": True}, ("vae", "fixed")
-    ),
+    "learned_sigma": Method("VAE, learned sigma", lambda c: {"objective": "elbo", "learned_scale": True}, ("vae",)),
     "last_step": Method("fixed, last step", None, ("fixed",)),
     "mixture": Method("fixed, mixture of latents", None, ("fixed",)),
     "flow": Method("fixed, flow of latents", None, ("fixed",)),
@@ -248,7 +252,7 @@ DRAWN = (
 def check_config(config: Config, image_shape: tuple[int, int, int]) -> None:
     """Refuses numbers that cannot work, of every method that was asked for, naming the flag."""
     _launch.require_at_least(config, 0, "seed", "mixture_components", "flow_steps")
-    _launch.require_at_least(config, 1, "seeds", "feature_steps", "latent_examples")
+    _launch.require_at_least(config, 1, "seeds", "feature_steps", "flow_couplings", "latent_examples")
     _launch.require_at_least(config, _scores.FEWEST, "samples")
     if not config.methods:
         raise _launch.UsageError("--methods needs at least one name: " + ", ".join(METHODS) + ".")
@@ -278,7 +282,7 @@ def train_and_score(config: Config, method: str, seed: int, folder: Path, refere
         **_generator.saved_config(settings, reference.datasets["train"]),
         "method": method,
         "features_fingerprint": reference.extract.fingerprint,
-        **{name: getattr(config, name) for name in ("samples", "mixture_components", "flow_steps", "latent_examples")},
+        **{name: getattr(config, name) for name in SCORING},
     }
     with RunDirectory.open(folder, saved, resumable_keys=RESUMABLE, tensorboard=False) as run:
         if run.finished:
@@ -355,7 +359,11 @@ def score(
             )
         if config.flow_steps:
             densities["flow"] = _latents.fit_flow(
-                found["train"], found["validation"], seed=settings.seed, steps=config.flow_steps
+                found["train"],
+                found["validation"],
+                seed=settings.seed,
+                steps=config.flow_steps,
+                couplings=config.flow_couplings,
             )
         unseen = found["test"].draw(jax.random.fold_in(key, 4))
         for name, density in densities.items():
