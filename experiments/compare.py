@@ -526,6 +526,8 @@ def draw_comparison(rows: Mapping, lines: list[dict], real: Mapping[str, float],
                 line[metric], place, xerr=line[f"{metric}_standard_error"] or 0, fmt="o", color="C0", markersize=4,
                 capsize=2,
             )  # fmt: skip
+        if metric == "sharpness":
+            axes.set_xscale("log")  # noise can be many times as sharp as images
         if real.get(metric) is not None:
             axes.axvline(real[metric], color="C2", linestyle="--", linewidth=1)
         axes.set_title(f"{METRICS[metric].title} {METRICS[metric].better}", fontsize=9)

@@ -124,14 +124,6 @@ def run(network):
     return run
 
 
-@pytest.fixture(scope="module")
-def unbroken(run, tmp_path_factory):
-    """Two methods and two seeds from start to end."""
-    workdir = tmp_path_factory.mktemp("runs") / "unbroken"
-    assert run(workdir) == 0
-    return workdir
-
-
 def results_of(workdir):
     return json.loads((workdir / "results.json").read_text())
 
@@ -141,12 +133,51 @@ def without_clock(results):
     return {row: {k: v for k, v in scores.items() if k not in CLOCK} for row, scores in results["rows"].items()}
 
 
-def test_tables_are_numpys_means_and_errors_of_the_runs(unbroken):
-    results = results_of(unbroken)
+@pytest.fixture(scope="module")
+def story(run, tmp_path_factory):
+    """(folder, what was seen on the way) of a comparison that is stopped twice, finished, and given one more seed."""
+    workdir, seen = tmp_path_factory.mktemp("runs") / "comparison", {}
+    check = _generator.NoiseFamily.check
+
+    def stop_within(self, step, metrics):
+        check(self, step, metrics)
+        if step == 4 and (workdir / "vae-0/results.json").exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def stop_before_scores(*arguments, **options):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_generator.NoiseFamily, "check", stop_within)
+        with pytest.raises(TrainingInterrupted, match="after step 4"):
+            run(workdir, seeds=1)
+    seen["first table"] = (workdir / "table.md").read_text(encoding="utf-8")
+    seen["vae-0"] = (workdir / "vae-0/results.json").stat().st_mtime_ns
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "score", stop_before_scores)
+        with pytest.raises(KeyboardInterrupt):
+            run(workdir, seeds=1)
+    seen["after kills"] = {path.parent.name for path in workdir.glob("**/results.json")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "draw_comparison", lambda *_: None)
+        patch.setattr(compare, "draw_samples", lambda *_: None)
+        assert run(workdir, seeds=1) == 0
+    seen["one seed"] = results_of(workdir)
+    assert run(workdir) == 0
+    return workdir, seen
+
+
+@pytest.fixture(scope="module")
+def finished(story):
+    return story[0]
+
+
+def test_tables_are_numpys_means_and_errors_of_the_runs(finished):
+    results = results_of(finished)
     assert results["runs"] == ["fixed-0", "fixed-1", "vae-0", "vae-1"]
     lines = {line["method"]: line for line in results["table"]}
     assert list(lines) == ["vae", "fixed", "last_step", "mixture", "flow"]
-    runs = {(m, s): results_of(unbroken / f"{m}-{s}")["rows"] for m in ("vae", "fixed") for s in (0, 1)}
+    runs = {(m, s): results_of(finished / f"{m}-{s}")["rows"] for m in ("vae", "fixed") for s in (0, 1)}
     for row, line in lines.items():
         scores = [runs["vae" if row == "vae" else "fixed", seed][row] for seed in (0, 1)]
         for metric in METRICS:
@@ -163,25 +194,25 @@ def test_tables_are_numpys_means_and_errors_of_the_runs(unbroken):
         assert line["sharpness"] == pytest.approx(np.mean(pairs))
         assert line["sharpness_standard_error"] == pytest.approx(scipy.stats.sem(pairs))
         assert "held_out_bound_nats" not in line  # of another noise, or none
-    with open(unbroken / "table.csv", newline="") as file:
+    with open(finished / "table.csv", newline="") as file:
         table = list(csv.DictReader(file))
     assert [row["method"] for row in table] == list(lines)
     assert float(table[1]["frechet_distance"]) == lines["fixed"]["frechet_distance"]
-    text = (unbroken / "table.md").read_text(encoding="utf-8")
+    text = (finished / "table.md").read_text(encoding="utf-8")
     assert text.count("| fixed Gaussian |") == 2
     assert results["features_fingerprint"] in text
     assert "fixed Gaussian − VAE" in text
     for name, size in (("comparison.png", 400), ("samples.png", 200), ("vae-0/samples.png", 200)):
-        with Image.open(unbroken / name) as image:
+        with Image.open(finished / name) as image:
             assert min(image.size) > size
-    assert 'id="tables"' in (unbroken / "report.html").read_text()
+    assert 'id="tables"' in (finished / "report.html").read_text()
 
 
-def test_scores_are_what_the_library_gives(unbroken, network):
-    found = results_of(unbroken / "fixed-1")["rows"]
+def test_scores_are_what_the_library_gives(finished, network):
+    found = results_of(finished / "fixed-1")["rows"]
     config = compare.run_config(dataclasses.replace(compare.PRESETS["digits"], **TINY), "fixed", 1)
     model = _generator.Model(config, (28, 28, 1))
-    with Checkpointer(unbroken / "fixed-1" / "checkpoints") as saver:
+    with Checkpointer(finished / "fixed-1" / "checkpoints") as saver:
         state = saver.restore(jax.eval_shape(model.initial_state)).state
     test = open_dataset("digits", "test", image_size=28, channels=1, max_examples=40)
     extract, key = FeatureNetwork.load(network), jax.random.fold_in(jax.random.key(1), 0x5EED)
@@ -206,66 +237,49 @@ def test_scores_are_what_the_library_gives(unbroken, network):
     seconds, rate = found["fixed"]["training_seconds"], found["fixed"]["images_per_second"]
     assert seconds * rate == pytest.approx(TINY["steps"] * TINY["batch_size"])
     # In the picture the prior and the flow see the same normal numbers.
-    with np.load(unbroken / "fixed-1" / "shown.npz") as shown:
+    with np.load(finished / "fixed-1" / "shown.npz") as shown:
         assert set(shown) == {"own", "last_step", "mixture", "flow"}
         first = np.asarray(model.generate(state.ema, _generator.latents(config, compare.SHOWN)))
         np.testing.assert_allclose(shown["own"] / 255, first, atol=0.003)
 
 
-def test_it_resumes_within_a_run_and_between_runs(run, unbroken, tmp_path, monkeypatch):
-    workdir, scored = tmp_path / "run", []
-    check, score = _generator.NoiseFamily.check, compare.score
-
-    def stop_within(self, step, metrics):
-        check(self, step, metrics)
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    def stop_before_the_second(*arguments, **options):
-        scored.append(1)
-        if len(scored) == 2:
-            raise KeyboardInterrupt
-        return score(*arguments, **options)
-
-    again = functools.partial(run, workdir, ("fixed",), mixture_components=0, flow_steps=0)
-    with monkeypatch.context() as patch:
-        patch.setattr(_generator.NoiseFamily, "check", stop_within)
-        with pytest.raises(TrainingInterrupted, match="after step 4"):
-            again()
-    with monkeypatch.context() as patch:  # after the training of fixed-1, before its scores
-        patch.setattr(compare, "score", stop_before_the_second)
-        with pytest.raises(KeyboardInterrupt):
-            again()
-    assert not (workdir / "fixed-1/results.json").exists()
-    assert not (workdir / "results.json").exists()
-    assert (workdir / "table.md").read_text().count("fixed Gaussian") == 3  # scores, cost, and one difference
-    written = (workdir / "fixed-0/results.json").stat().st_mtime_ns
-    assert again() == 0
-    assert (workdir / "fixed-0/results.json").stat().st_mtime_ns == written
-    for name in ("fixed-0", "fixed-1"):
-        mine, theirs = (without_clock(results_of(w / name)) for w in (workdir, unbroken))
-        theirs["fixed"].pop("latent_log_density_nats")
-        mine["fixed"].pop("latent_log_density_nats")
-        assert mine == {row: theirs[row] for row in ("fixed", "last_step")}
+def test_it_resumes_within_a_run_and_between_runs(story, run, tmp_path, monkeypatch):
+    workdir, seen = story
+    assert seen["after kills"] == {"vae-0"}
+    assert seen["first table"].count("| VAE |") == 2  # scores and cost
+    assert "fixed" not in seen["first table"]
+    assert (workdir / "vae-0/results.json").stat().st_mtime_ns == seen["vae-0"]
+    for name in ("draw_comparison", "draw_samples"):
+        monkeypatch.setattr(compare, name, lambda *_: None)
+    assert run(tmp_path / "unbroken", ("fixed",), seeds=1, mixture_components=0, flow_steps=0) == 0
+    mine, theirs = (without_clock(results_of(w / "fixed-0")) for w in (workdir, tmp_path / "unbroken"))
+    mine["fixed"].pop("latent_log_density_nats")
+    theirs["fixed"].pop("latent_log_density_nats")
+    assert {row: mine[row] for row in ("fixed", "last_step")} == theirs
 
 
-def test_what_is_asked_for_later_is_added(run, unbroken, capsys, monkeypatch):
-    before = results_of(unbroken)
+def test_seeds_are_added_and_nothing_is_trained_twice(story, run, capsys, monkeypatch):
+    workdir, seen = story
+    assert seen["one seed"]["runs"] == ["fixed-0", "vae-0"]
+    first = {line["method"]: line for line in seen["one seed"]["table"]}
+    assert first["fixed"]["frechet_distance_standard_error"] is None
+    assert first["fixed"]["frechet_distance"] == results_of(workdir / "fixed-0")["rows"]["fixed"]["frechet_distance"]
+    assert results_of(workdir)["table"][0]["seeds"] == 2
     monkeypatch.setattr(compare, "train_and_score", functools.partial(pytest.fail, "a finished run was opened"))
-    assert run(unbroken) == 0
-    assert json.loads(capsys.readouterr().out.removeprefix("RESULT ")) == before
-    monkeypatch.undo()
-    written = {name: (unbroken / name / "results.json").stat().st_mtime_ns for name in before["runs"]}
-    assert run(unbroken, ("vae",), seeds=1, seed=2) == 0
-    after = results_of(unbroken)
-    assert after["runs"] == [*before["runs"], "vae-2"]
-    assert after["table"][0]["seeds"] == 3
-    values = [results_of(unbroken / f"vae-{seed}")["rows"]["vae"]["sharpness"] for seed in range(3)]
-    assert after["table"][0]["sharpness"] == pytest.approx(np.mean(values))
-    # The rest is as it was; a difference is over the seeds that both have.
-    assert after["table"][1:] == before["table"][1:]
-    assert after["differences"] == before["differences"]
-    assert {n: (unbroken / n / "results.json").stat().st_mtime_ns for n in written} == written
+    assert run(workdir) == run(workdir, ("vae",), seed=1, seeds=1) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [json.loads(line.removeprefix("RESULT ")) for line in told] == [results_of(workdir)] * 2
+
+
+def test_differences_are_over_the_seeds_that_both_have():
+    scores = {"vae": {0: 1.0, 1: 5.0}, "fixed": {1: 2.0, 2: 9.0, 3: None}, "flow": {2: 8.0}}
+    rows = {row: {seed: {"recall": value} for seed, value in seeds.items()} for row, seeds in scores.items()}
+    found = {line["method"]: line for line in compare.differences(rows)}
+    assert found["fixed"]["seeds"] == found["flow"]["seeds"] == 1
+    assert (found["fixed"]["recall"], found["flow"]["recall"]) == (-3.0, -1.0)
+    lines = {line["method"]: line for line in compare.table(rows)}
+    assert (lines["vae"]["recall"], lines["vae"]["recall_standard_error"]) == (3.0, 2.0)
+    assert lines["fixed"]["recall"] is None  # one of its seeds has none
 
 
 def test_methods_differ_in_what_they_say_alone():
@@ -364,7 +378,7 @@ def stopped(capsys, arguments):
     return capsys.readouterr().err
 
 
-def test_bad_input_gets_a_sentence(run, unbroken, tmp_path, network, capsys):
+def test_bad_input_gets_a_sentence(run, finished, tmp_path, network, capsys):
     plain = ["--preset", "digits", "--workdir", str(tmp_path / "new"), "--max-examples", "40", "--batch-size", "4"]
     assert "--seeds must be at least 1, got 0" in stopped(capsys, [*plain, "--seeds", "0"])
     assert "--samples must be at least 16, got 5" in stopped(capsys, [*plain, "--samples", "5"])
@@ -374,4 +388,4 @@ def test_bad_input_gets_a_sentence(run, unbroken, tmp_path, network, capsys):
     assert "has 12 training and 12 test images: 16 of each" in stopped(capsys, few)
     assert not (tmp_path / "new").exists()
     with pytest.raises(RunDirectoryError, match="steps"):
-        run(unbroken, steps=9)
+        run(finished, steps=9)
