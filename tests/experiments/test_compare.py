@@ -8,13 +8,11 @@ import math
 import os
 import signal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.mixture import GaussianMixture
 
@@ -30,11 +28,7 @@ from spread_jax.evaluation import (
 )
 from spread_jax.training import Checkpointer, RunDirectoryError, TrainingInterrupted
 
-COMPILING = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_disable_most_optimizations",
-)
+pytestmark = pytest.mark.usefixtures("small_networks")
 TINY = {
     "preset": "digits",
     "steps": 6,
@@ -55,54 +49,8 @@ METRICS = ("frechet_distance", "kernel_distance", "precision", "recall", "densit
 CLOCK = ("images_per_second", "training_seconds")
 
 
-class Encoder(nn.Module):
-    """Stands for `Encoder28`, which takes long to compile and is tested where it is."""
-
-    latent_dim: int
-    width: int
-    dtype: object = None
-
-    @nn.compact
-    def __call__(self, y, *, train):
-        h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(y.reshape(len(y), -1)))
-        return nn.Dense(self.latent_dim)(h), nn.Dense(self.latent_dim)(h)
-
-
-class Generator(nn.Module):
-    """Stands for `Generator28`."""
-
-    width: int
-    channels: int = 1
-    dtype: object = None
-
-    @nn.compact
-    def __call__(self, z, *, train):
-        h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(z))
-        return nn.sigmoid(nn.Dense(28 * 28)(nn.tanh(h))).reshape(-1, 28, 28, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process(tmp_path_factory):
-    """Small networks; caches of images and of programs of its own; what is compiled is compiled quickly, not well."""
-    before = {name: jax.config.values[name] for name in COMPILING}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "configure_jax", lambda: None)
-        patch.setattr(_generator, "Encoder28", Encoder)
-        patch.setattr(_generator, "Generator28", Generator)
-        patch.setenv("SPREAD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        try:
-            for name, value in zip(COMPILING, (str(tmp_path_factory.mktemp("xla")), 0.05, True), strict=True):
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
-def network(tmp_path_factory):
+def network(small_networks, tmp_path_factory):
     """The path of features that nobody trained, for speed."""
     chance, sizes = np.random.default_rng(0), (1, 2, 4, 8, 16)
     params = {"mean": np.float32(0), "scale": np.float32(0.5)}
