@@ -95,6 +95,7 @@ class Config(GeneratorConfig):
 
     steps: int = 700
     width: int = 8
+    importance_samples: int = 5
     noise_decay_every: int = 50
     ema_decay: float = 0.99
     sample_every: int = 100_000
