@@ -14,7 +14,7 @@
 and of each run of `fixed`, without training again: its last step in place of the moving average, and its latents drawn
 from a mixture of Gaussians or from a flow fitted to the aggregate posterior in place of the prior.
 
-  python -m experiments.compare                                  synthetic faces, 64x64, about 45 minutes on 2 cores
+  python -m experiments.compare                                  synthetic faces, 64x64, about 50 minutes on 2 cores
   python -m experiments.compare --preset mnist --data PATH       MNIST in its idx format, about 45 minutes on 2 cores
   python -m experiments.compare --preset digits                  scikit-learn's digits, about 10 minutes on 2 cores
   python -m experiments.compare --preset celeba --data PATH      the published networks and settings, for a GPU
@@ -31,7 +31,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -43,10 +43,11 @@ from spread_jax.data import Dataset
 from spread_jax.evaluation import image_grid, write_report
 from spread_jax.training import RunDirectory, RunDirectoryError
 
-METHODS = (
+MethodName = Literal[
     "vae", "fixed", "laplace", "low_rank", "transformed", "wae_mmd", "spread_gan",
     "learned_sigma", "constant_sigma", "importance",
-)  # fmt: skip
+]  # fmt: skip
+METHODS = get_args(MethodName)
 SHOWN = 20  # samples of each row of samples.png
 _ELSEWHERE = tyro.conf.Suppress  # set by the method
 
@@ -64,13 +65,7 @@ class Config(GeneratorConfig):
 
     workdir: str | None = None
     """The comparison's folder, with one for each run inside; runs/compare/<preset> if not given."""
-    methods: tuple[
-        Literal[
-            "vae", "fixed", "laplace", "low_rank", "transformed", "wae_mmd", "spread_gan",
-            "learned_sigma", "constant_sigma", "importance",
-        ],
-        ...,
-    ] = METHODS  # fmt: skip
+    methods: tuple[MethodName, ...] = METHODS
     """What to train; what the folder has already stays in the table."""
     seed: int = 0
     """The first seed; each decides the order of the data, the initial parameters and all noise."""
@@ -93,10 +88,10 @@ class Config(GeneratorConfig):
     latent_examples: int = 20_000
     """Training images whose posteriors the mixture and the flow are fitted to, at most."""
 
-    steps: int = 700
+    steps: int = 1000
     width: int = 8
     importance_samples: int = 5
-    noise_decay_every: int = 50
+    noise_decay_every: int = 70
     ema_decay: float = 0.99
     sample_every: int = 100_000
     save_every: int = 200
@@ -110,6 +105,7 @@ PRESETS = {
         preset="mnist",
         data="mnist",
         image_size=28,
+        samples=2000,
         steps=600,
         batch_size=100,
         latent_dim=10,
