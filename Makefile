@@ -9,7 +9,7 @@ PART ?= all
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo train-celeba sample evaluate features runs mnist deltas bias manifold pca ica bench bench-gpu profile \
+.PHONY: help demo train-celeba sample evaluate features runs mnist compare deltas bias manifold pca ica bench bench-gpu profile \
   bench-ica test test-fast lint format package clean
 
 help: ## Show this list
@@ -38,6 +38,10 @@ runs: $(VENV)/.train ## List the runs below runs/ with their key numbers
 
 mnist: $(VENV)/.data ## Fixed and learned noise on digits: DATA=folder of MNIST's idx files, or scikit-learn's digits without it
 	$(RUN) -m experiments.mnist $(if $(DATA),--preset $(PRESET) --data "$(DATA)",--preset demo) $(ARGS)
+
+compare: $(VENV)/.data ## VAE, spread noises, WAE, spread GAN over seeds, one table: PRESET=faces|mnist|digits|celeba DATA=path
+	$(RUN) -m experiments.compare --preset $(if $(filter small,$(PRESET)),faces,$(PRESET)) \
+	  $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 deltas: $(VENV)/.train ## Two point masses: every divergence exactly and estimated, finite where KL is not; a figure in seconds
 	$(RUN) -m experiments.deltas $(ARGS)

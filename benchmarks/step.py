@@ -44,15 +44,44 @@ def images(batch_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (batch_size, 64, 64, 3), np.uint8)
 
 
-def build(width: int, *, dtype: str = "float32", native: bool = False):
+class Trainee:
+    """The experiment's model under fixed Gaussian noise, as one jitted step of one player."""
+
+    def __init__(self, config, *, native: bool):
+        from experiments import _generator, _train
+        from spread_jax.training import make_train_step
+
+        self.model = _generator.Model(config, (64, 64, 3))
+        self.encoder = self.model.encoder = self.model.encoder.clone(native_gradients=native)
+        self.generator = self.model.generator = self.model.generator.clone(native_gradients=native)
+        self.optimizer = self.model.optimizer
+        self.averaged = _train.generator_variables
+        self.train_step = make_train_step(self.loss, self.optimizer, ema_decay=config.ema_decay, averaged=self.averaged)
+
+    def initial_state(self):
+        """The state at step 0."""
+        from spread_jax.training import create_train_state
+
+        state = self.model.initial_state()
+        return create_train_state(
+            state.params, state.model_state, self.optimizer, key=state.key, averaged=self.averaged
+        )
+
+    def loss(self, params, model_state, batch, *, key, step):
+        """Minus the mean spread ELBO of a uint8 batch, in nats per example."""
+        return self.model.loss(params, {}, model_state, None, batch, key=key, step=step)
+
+    def noise_scale(self, step):
+        """Standard deviation of the noise at a step."""
+        return self.model.noises.scale(step)
+
+
+def build(width: int, *, dtype: str = "float32", native: bool = False) -> Trainee:
     """The experiment's model at a width, with this library's or XLA's own convolution gradients."""
     from experiments import celeba
 
     config = celeba.Config(width=width, latent_dim=LATENT_DIM, compute_dtype=dtype, warmup_steps=0)
-    model = celeba.Model(config, 3)
-    model.encoder = model.encoder.clone(native_gradients=native)
-    model.generator = model.generator.clone(native_gradients=native)
-    return model
+    return Trainee(config, native=native)
 
 
 def measure_jax(

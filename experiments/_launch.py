@@ -285,9 +285,9 @@ class Progress:
         if self.bar:
             self.bar.stop()
 
-    def update(self, step: int, metrics: Mapping[str, float], rate: float) -> None:
-        """Shows the numbers of a step; plain lines come at most every five seconds."""
-        numbers = f"ELBO {metrics['elbo']:.0f} nats, KL {metrics['kl']:.0f}, {rate:.0f} images/s"
+    def update(self, step: int, headline: str, rate: float) -> None:
+        """Shows what is told of a step; plain lines come at most every five seconds."""
+        numbers = f"{headline}, {rate:.0f} images/s"
         if self.bar:
             self.bar.update(self.task, completed=step, numbers=numbers)
         elif not self.quiet and (time.monotonic() - self.last_line > 5 or step == self.num_steps):

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from experiments import _launch
 from spread_jax import GaussianNoise, LaplaceNoise, LowRankGaussianNoise, TransformedNoise
@@ -24,18 +23,14 @@ class NoiseFamily:
     Args:
       kind: one of NOISES. `laplace` and `gaussian` have the same standard deviation; `low_rank` is Gaussian with
         a learned covariance of fixed volume, `transformed` Gaussian around a learned invertible map.
-      config: has `steps` (of the model), `noise_scale`, `final_noise_scale`, `noise_decay`, `noise_decay_every`,
-        `rank`, `factor_scale`, `max_noise_entropy_ratio`, `transform_features`, `transform_coefficient`,
-        `descent_steps`, `ascent_steps`, `noise_learning_rate` and `beta1`.
+      config: has `noise_scale`, `final_noise_scale`, `noise_decay`, `noise_decay_every`, `rank`, `factor_scale`,
+        `max_noise_entropy_ratio`, `transform_features` and `transform_coefficient`.
       image_shape: (height, width, channels).
+      schedule: which steps are the model's; the noise is annealed by those.
     """
 
-    def __init__(self, kind: str, config: Any, image_shape: tuple[int, int, int]):
-        self.kind, self.config, self.image_shape = kind, config, image_shape
-        self.learned = kind in LEARNED
-        self.schedule = AscentSchedule(config.descent_steps, config.ascent_steps if self.learned else 0)
-        self.num_steps = self.schedule.steps_for(config.steps)
-        self.optimizer = optax.adam(config.noise_learning_rate, b1=config.beta1)
+    def __init__(self, kind: str, config: Any, image_shape: tuple[int, int, int], schedule: AscentSchedule):
+        self.kind, self.config, self.image_shape, self.schedule = kind, config, image_shape, schedule
         self.transform = InvertibleResidual(
             config.transform_features, coefficient=config.transform_coefficient, num_iterations=5
         )
@@ -58,9 +53,9 @@ class NoiseFamily:
         """The standard deviation after so many steps of both players; it is annealed by the model's."""
         return self._scale(self.schedule.descents(step))
 
-    def at(self, params: Any, state: Any, step: Any) -> Any:
-        """The spread noise p(y|x) at a step."""
-        scale = self.scale(step)
+    def at(self, params: Any, state: Any, step: Any, *, scale: Any = None) -> Any:
+        """The spread noise p(y|x) at a step, or of a scale."""
+        scale = self.scale(step) if scale is None else scale
         if self.kind == "laplace":
             return LaplaceNoise(scale / math.sqrt(2))  # of standard deviation `scale`
         if self.kind == "low_rank":
@@ -85,15 +80,18 @@ class NoiseFamily:
         `spread_kl_bound` is at least KL(p~ || p~_theta) = -H(p~) - E log p~_theta, for -E log p~_theta <= -ELBO and
         spreading cannot make an image less uncertain than the noise is: H(p~) = H(p(y|x)) + I(x; y).
         """
+        entropy = noise.entropy(jnp.zeros((1, *self.image_shape)))[0]
+        return {"spread_kl_bound": -elbo - entropy, "noise_scale": self.scale(step), **self.range_metrics(noise)}
+
+    def range_metrics(self, noise: Any) -> dict[str, jax.Array]:
+        """The named scalars by which `check` tells that a learned covariance is in its range."""
+        if self.kind != "low_rank":
+            return {}
+        # The entropy L adds, over what it adds with equal singular values, the least at its volume.
         x = jnp.zeros((1, *self.image_shape))
-        entropy = noise.entropy(x)[0]
-        found = {"spread_kl_bound": -elbo - entropy, "noise_scale": self.scale(step)}
-        if self.kind == "low_rank":
-            # The entropy L adds, over what it adds with equal singular values, the least at its volume.
-            added = entropy - GaussianNoise(noise.scale).entropy(x)[0]
-            equal = 0.5 * self.config.rank * jnp.log1p(jnp.square(self.config.factor_scale / noise.scale))
-            found["noise_entropy_ratio"] = added / equal
-        return found
+        added = noise.entropy(x)[0] - GaussianNoise(noise.scale).entropy(x)[0]
+        equal = 0.5 * self.config.rank * jnp.log1p(jnp.square(self.config.factor_scale / noise.scale))
+        return {"noise_entropy_ratio": added / equal}
 
     def check(self, step: int, metrics: dict[str, float]) -> None:
         """Stops a run whose learned covariance has left its range."""

@@ -51,20 +51,21 @@ def fit(
     evaluate: Callable[[int, Any], tuple[Mapping[str, float], str]],
     *,
     say: Callable[..., None],
+    headline: Callable[[Mapping[str, float]], str],
     check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
 ) -> Trained:
     """Trains from the newest sound checkpoint, or from the start, to `config.steps`.
 
     Args:
-      config: has `steps`, `batch_size`, `record_every`, `sample_every`, `save_every`, `learning_rate`,
-        `noise_scale` and `quiet`.
+      config: a `GeneratorConfig`, whose `steps` are those of all players.
       run: gets a line of metrics at every record and evaluation.
       saver: gets the state every `save_every` steps.
       loader: batches by step.
       initial_state: () -> the state at step 0, with `params`.
-      train_step: (state, batch) -> (state, metrics), with `elbo` and `kl` among the metrics.
+      train_step: (state, batch) -> (state, metrics).
       evaluate: (step, state) -> (metrics, a sentence for the terminal), every `sample_every` steps.
       say: as made by `_launch.talker`.
+      headline: metrics -> what of them the terminal shows.
       check: (step, metrics) -> None at every record; raises to stop the run before it saves.
 
     Raises:
@@ -87,7 +88,7 @@ def fit(
         rate = config.batch_size / record.seconds_per_step
         rates.append((rate, record.waiting))
         run.log_metrics(record.step, {**record.metrics, "images_per_second": rate, "waiting_share": record.waiting})
-        progress.update(record.step, record.metrics, rate)
+        progress.update(record.step, headline(record.metrics), rate)
         check(record.step, record.metrics)
 
     def on_evaluate(step: int, state: Any) -> Mapping[str, float]:
@@ -124,8 +125,10 @@ def fit(
         saver.wait()
         last = saver.latest_step
         kept = f"The last good checkpoint is step {last} in {run.checkpoints_path}." if last is not None else ""
+        rate = "generator_learning_rate" if config.objective == "spread_gan" else "learning_rate"
         raise _launch.UsageError(
-            f"{error} {kept} Nothing after it was saved. Try a smaller --learning-rate (now {config.learning_rate}), "
+            f"{error} {kept} Nothing after it was saved. "
+            f"Try a smaller --{rate.replace('_', '-')} (now {getattr(config, rate)}), "
             f"a larger --noise-scale (now {config.noise_scale}), or --compute-dtype float32, in a new --workdir."
         ) from None
     saver.wait()
@@ -139,7 +142,7 @@ def fit(
 
 
 def parameters(state: Any) -> int:
-    """How many numbers the model trains."""
+    """How many numbers the model trains, without those of a learned noise or a discriminator."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
@@ -147,16 +150,6 @@ def network(module: Any, name: str, params: Any, batch_stats: Any, *, train: boo
     """A module as a callable; in training it returns (output, {"batch_stats": new ones})."""
     variables = {"params": params[name], "batch_stats": batch_stats[name]}
     return functools.partial(module.apply, variables, train=train, **({"mutable": ["batch_stats"]} if train else {}))
-
-
-def initial_variables(encoder: Any, generator: Any, key: jax.Array, image: jax.Array, latent: jax.Array) -> tuple:
-    """(params, batch_stats) of both networks, by name."""
-    encoder_key, generator_key = jax.random.split(key)
-    variables = {
-        "encoder": encoder.init(encoder_key, image, train=False),
-        "generator": generator.init(generator_key, latent, train=False),
-    }
-    return tuple({name: v[part] for name, v in variables.items()} for part in ("params", "batch_stats"))
 
 
 def generator_variables(params: Any, batch_stats: Any) -> dict:
@@ -170,17 +163,17 @@ def to_unit(batch: jax.Array) -> jax.Array:
 
 
 def held_out(
-    evaluate_batch: Callable[[np.ndarray, jax.Array], tuple],
+    evaluate_batch: Callable[[np.ndarray, jax.Array], Mapping[str, jax.Array]],
     dataset: Dataset,
     *,
     count: int,
     batch_size: int,
     key: jax.Array,
-) -> dict[str, float]:
-    """Mean spread ELBO, its standard error, KL and reconstruction error on a split's first images.
+) -> dict[str, tuple[float, float]]:
+    """Means over a split's first images, and their standard errors (NaN of one image).
 
     Args:
-      evaluate_batch: (uint8 batch, key) -> (elbo, kl, squared error per pixel), each [batch].
+      evaluate_batch: (uint8 batch, key) -> named numbers, each [batch].
       dataset: the split.
       count: how many images, at most.
       batch_size: images at once, at most.
@@ -188,18 +181,13 @@ def held_out(
     """
     count = min(len(dataset), count)
     size = min(count, batch_size)
-    columns = []
+    columns, names = [], []
     for start in range(0, count, size):
         rows = np.arange(start, start + size) % count  # the last batch wraps to keep its shape
         values = evaluate_batch(np.asarray(dataset.images[rows]), jax.random.fold_in(key, start))
-        columns.append(np.stack(values, axis=1)[: count - start])
+        names = list(values)
+        columns.append(np.stack(list(values.values()), axis=1)[: count - start])
     values = np.concatenate(columns).astype(np.float64)
-    mean = values.mean(axis=0)
-    error = values[:, 0].std(ddof=1) / math.sqrt(count) if count > 1 else math.nan
-    return {
-        "elbo_nats": mean[0],
-        "elbo_standard_error": error,
-        "bits_per_dim": -mean[0] / (math.prod(dataset.image_shape) * math.log(2)),
-        "kl_nats": mean[1],
-        "reconstruction_mse": mean[2],
-    }
+    means = values.mean(axis=0).tolist()
+    errors = [column.std(ddof=1) / math.sqrt(count) if count > 1 else math.nan for column in values.T]
+    return {name: (mean, float(error)) for name, mean, error in zip(names, means, errors, strict=True)}

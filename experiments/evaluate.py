@@ -1,4 +1,4 @@
-"""Evaluates a finished run of experiments.celeba: samples against held-out images, bounds, a memorisation check.
+"""Evaluates a finished run of any noise and objective: samples against held-out images, bounds, a memorisation check.
 
   python -m experiments.evaluate runs/celeba/demo-0                          features trained on the run's own data
   python -m experiments.evaluate runs/celeba/demo-0 --features inception     the literature's FID and KID
@@ -9,7 +9,8 @@ Adds `evaluation` to the run's results.json, draws neighbours.png and writes rep
   kernel_distance      unbiased, with its standard error
   precision, recall, density, coverage; sharpness over that of real images (1 is as sharp)
   real_*               the same for training against held-out images: what a perfect generator would get
-  importance_bound     on the spread log-likelihood of held-out images, nats per example at the run's final sigma
+  importance_bound     on the spread log-likelihood of held-out images, nats per example at the run's last noise, where
+                       an encoder of spread images was trained; annealed importance sampling needs none
   memorised_share      of samples nearer to a training image than 99 % of the held-out images are: expect 0.01
 
 Features of the run's own data are trained once for each data set, a few minutes on 2 cores, see
@@ -23,7 +24,6 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -31,33 +31,23 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments import _launch
+from experiments import _launch, _scores
 from experiments import features as feature_training
-from experiments.celeba import IMAGE_SIZE, Model
+from experiments._generator import Model
 from experiments.sample import draw, load_run
-from spread_jax import GaussianNoise, spread_importance_bound
+from spread_jax import spread_importance_bound
 from spread_jax.data import Dataset, open_dataset
 from spread_jax.evaluation import (
-    FeatureNetwork,
-    Moments,
     annealed_importance_sampling,
-    frechet_distance,
-    frechet_infinity,
     held_out_bound,
     image_grid,
-    inception_features,
-    kernel_distance,
     nearest_neighbours,
-    precision_recall_density_coverage,
-    relative_sharpness,
     save_image,
     write_report,
 )
 from spread_jax.training import RunDirectory
 
 _DRAWN = 2048  # samples in memory as floats
-_FEWEST = 16
-_FEWEST_FOR_INFINITY = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +91,7 @@ def check_config(config: Config) -> None:
     """Refuses numbers that cannot work, naming the flag."""
     _launch.require_at_least(config, 0, "seed", "importance_examples", "annealed_examples")
     _launch.require_at_least(config, 1, "importance_samples", "annealed_steps", "annealed_chains", "feature_steps")
-    _launch.require_at_least(config, _FEWEST, "samples")
+    _launch.require_at_least(config, _scores.FEWEST, "samples")
 
 
 def open_data(config: Config, model: Model, saved: dict) -> tuple[Dataset, Dataset]:
@@ -110,7 +100,8 @@ def open_data(config: Config, model: Model, saved: dict) -> tuple[Dataset, Datas
     open_split = functools.partial(
         open_dataset,
         config.data or trained.data,
-        image_size=IMAGE_SIZE,
+        image_size=model.image_shape[0],
+        channels=model.image_shape[2],
         crop=trained.crop,
         max_examples=trained.max_examples,
         cache_dir=config.cache_dir or trained.cache_dir,
@@ -122,50 +113,8 @@ def open_data(config: Config, model: Model, saved: dict) -> tuple[Dataset, Datas
             f"{train.source} is not what the run was trained on: its pixels have the fingerprint {train.fingerprint}, "
             f"the run's {saved['data_fingerprint']}. Pass the run's data with --data."
         )
-    if min(len(test), len(train)) < _FEWEST:
-        raise _launch.UsageError(
-            f"{train.source} has {len(train)} training and {len(test)} test images: {_FEWEST} of each are needed."
-        )
+    _scores.require_enough(train, test)
     return train, test
-
-
-def find_features(config: Config, train: Dataset, cache_dir: str | None, say) -> Callable[[np.ndarray], np.ndarray]:
-    """The extractor that was asked for, or that of the data, trained now if there is none yet."""
-    if config.features == "inception":
-        return inception_features()
-    if config.features is not None:
-        network = FeatureNetwork.load(config.features)
-        if network.image_shape != train.image_shape:
-            raise _launch.UsageError(
-                f"{config.features} takes images {network.image_shape}, the run's are {train.image_shape}: pass "
-                "features that were trained on its data, or leave --features out."
-            )
-        return network
-    path = feature_training.default_path(train, cache_dir)
-    if path.exists():
-        return FeatureNetwork.load(path)
-    say(f"features: none for this data yet, training them; `python -m experiments.features --data {train.name}`")
-    return feature_training.train_and_save(train, path, say=say, steps=config.feature_steps)
-
-
-def compare(name: str, fake: np.ndarray, real: np.ndarray, key: jax.Array) -> dict[str, float | None]:
-    """Every distance of two equally large sets of features."""
-    kernel = kernel_distance(fake, real)
-    scores = precision_recall_density_coverage(real, fake)
-    infinity = (
-        frechet_infinity(fake, real, key=key)._asdict()
-        if len(fake) >= _FEWEST_FOR_INFINITY
-        else {"value": None, "standard_error": None}
-    )
-    found = {
-        "frechet_distance": frechet_distance(Moments.of(fake), Moments.of(real)),
-        "frechet_infinity": infinity["value"],
-        "frechet_infinity_standard_error": infinity["standard_error"],
-        "kernel_distance": kernel.value,
-        "kernel_distance_standard_error": kernel.standard_error,
-        **scores._asdict(),
-    }
-    return {f"{name}{k}": v for k, v in found.items()}
 
 
 def draw_samples(model: Model, variables, num: int, seed: int) -> np.ndarray:
@@ -174,23 +123,44 @@ def draw_samples(model: Model, variables, num: int, seed: int) -> np.ndarray:
     for start in range(0, num, _DRAWN):
         # Parts of their own seeds: draw() makes the first ones anew each time.
         part = draw(model, variables, num=min(_DRAWN, num - start), seed=seed + 1_000_003 * (start // _DRAWN))
-        images.append(np.round(np.clip(part, 0, 1) * 255).astype(np.uint8))
+        images.append(_scores.as_stored(part))
     return np.concatenate(images)
 
 
+class _Unspread:
+    """Leaves data as they are and scores them under the decoder's distribution: the one-sided case of a VAE."""
+
+    def __init__(self, noise):
+        self.log_prob, self.location = noise.log_prob, noise.location
+
+    def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
+        """x itself."""
+        return x
+
+
 def likelihoods(config: Config, model: Model, state, test: Dataset, say) -> dict[str, float]:
-    """The importance-weighted bound, and annealed importance sampling, of held-out images."""
+    """The importance-weighted bound, and annealed importance sampling, of held-out images.
+
+    Of images spread by the run's last noise; of `elbo`, of the images themselves under its decoder's distribution. The
+    first needs an encoder of these, so a GAN has the second alone, and the Wasserstein autoencoder, which has no noise,
+    has neither.
+    """
+    if model.config.objective == "wae_mmd":
+        return {}
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    scale = model.noise_scale(state.step)
+    noise, _ = model.noise_of(state)
+    if model.config.objective == "elbo":
+        noise = _Unspread(noise)
     networks = {
         name: functools.partial(
             module.apply, {"params": state.params[name], "batch_stats": state.model_state[name]}, train=False
         )
         for name, module in (("encoder", model.encoder), ("generator", model.generator))
+        if name in state.params
     }
-    encode, decode, noise = networks["encoder"], networks["generator"], GaussianNoise(scale)
+    encode, decode = networks.get("encoder"), networks["generator"]
     unit = lambda batch: batch.astype(jnp.float32) / 255
-    found: dict[str, float] = {"noise_scale": float(scale)}
+    found: dict[str, float] = {"noise_scale": model.noise_scale(state)}
 
     @jax.jit
     def bound(batch, *, key):
@@ -207,7 +177,7 @@ def likelihoods(config: Config, model: Model, state, test: Dataset, say) -> dict
             num_steps=config.annealed_steps, num_chains=config.annealed_chains, key=chain_key,
         )  # fmt: skip
 
-    if config.importance_examples:
+    if config.importance_examples and encode is not None:
         images = test.images[: config.importance_examples]
         result = held_out_bound(bound, images, batch_size=10, key=key)
         found |= {
@@ -242,27 +212,25 @@ def evaluate(config: Config, run: RunDirectory, say) -> dict:
     """Everything, as one dictionary."""
     model, state = load_run(run.path, config.step)
     train, test = open_data(config, model, run.config)
-    extract = find_features(config, train, config.cache_dir or model.config.cache_dir, say)
+    cache_dir = config.cache_dir or model.config.cache_dir
+    extract = _scores.find_features(config.features, train, cache_dir=cache_dir, steps=config.feature_steps, say=say)
     count = min(config.samples, len(test))
     say(f"{count} samples of step {int(state.step)} against {count} held-out images; features: {extract.name}")
 
     samples = draw_samples(model, state.ema, count, config.seed)
     held_out = np.asarray(test.images[:count])
     sample_features, held_out_features = extract(samples), extract(held_out)
-    train_features = np.concatenate([
-        extract(np.asarray(train.images[i : i + _DRAWN])) for i in range(0, len(train), _DRAWN)
-    ])  # fmt: skip
+    train_features = _scores.features_of(extract, train.images)
     # A random part of the training images, as large as the held-out part, stands for a perfect generator.
-    chance = np.random.default_rng(config.seed)
-    some = np.sort(chance.permutation(len(train))[:count])
+    some = _scores.random_rows(len(train), count, config.seed)
     key = jax.random.key(config.seed)
-    found = compare("", sample_features, held_out_features, key)
+    found = _scores.distances(sample_features, held_out_features, infinity_key=key)
     if len(some) == count:
-        found |= compare("real_", train_features[some], held_out_features, key)
-    sharp = relative_sharpness(samples, held_out)
-    found |= {"sharpness": sharp.value, "sharpness_standard_error": sharp.standard_error}
+        real = _scores.distances(train_features[some], held_out_features, infinity_key=key)
+        found |= {f"real_{name}": value for name, value in real.items()}
+    found |= _scores.sharpness(samples, held_out)
     told = found["frechet_distance"], found.get("real_frechet_distance", math.nan)
-    say(f"Fréchet distance {told[0]:.2f} (training images: {told[1]:.2f}), sharpness {sharp.value:.2f}")
+    say(f"Fréchet distance {told[0]:.2f} (training images: {told[1]:.2f}), sharpness {found['sharpness']:.2f}")
 
     # Memorisation: do samples lie nearer to training images than unseen real images do?
     neighbours, distances = nearest_neighbours(sample_features, train_features, k=min(5, len(train)))

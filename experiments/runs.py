@@ -24,6 +24,7 @@ _NUMBERS = {
     "evaluation.importance_bound_nats": "importance bound, nats",
     "held_out_elbo_nats": "held-out ELBO, nats",
     "held_out_reconstruction_mse": "reconstruction error",
+    "held_out_divergence_bound_nats": "divergence at least, nats",
     "largest_deviation": "largest deviation, standard errors",
     "bound_nats": "bound, nats",
 }

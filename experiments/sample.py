@@ -1,4 +1,4 @@
-"""Draws samples from a trained run: one grid, or a folder of PNG files.
+"""Draws samples from a trained generator of any noise and objective: one grid, or a folder of PNG files.
 
 python -m experiments.sample runs/celeba/demo-0                       a grid of 64 in the run's folder
 python -m experiments.sample runs/celeba/demo-0 --num 1000 --folder samples/
@@ -15,9 +15,9 @@ import numpy as np
 import tyro
 
 from experiments import _launch
-from experiments.celeba import Config, Model
+from experiments._generator import Model, load_config
 from spread_jax.evaluation import image_grid, save_image
-from spread_jax.training import Checkpointer, TrainState
+from spread_jax.training import AlternatingState, Checkpointer
 
 BATCH = 64
 
@@ -42,7 +42,7 @@ class SampleConfig:
     """Samples in a row of the grid; about the square root of their number if not given."""
 
 
-def load_run(run: Path, step: int | None = None) -> tuple[Model, TrainState]:
+def load_run(run: Path, step: int | None = None) -> tuple[Model, AlternatingState]:
     """The model of a run and its state, of the newest sound checkpoint if no step is given."""
     config_path = run / "config.json"
     if not config_path.is_file():
@@ -51,13 +51,11 @@ def load_run(run: Path, step: int | None = None) -> tuple[Model, TrainState]:
             "and pass the folder it prints."
         )
     try:
-        saved = json.loads(config_path.read_text())
-        fields = {field.name for field in dataclasses.fields(Config)}
-        config = Config(**{name: value for name, value in saved.items() if name in fields})
-        channels = saved["image_channels"]
+        model = Model(*load_config(json.loads(config_path.read_text())))
     except (ValueError, KeyError, TypeError) as error:
-        raise _launch.UsageError(f"{config_path} is not the config of a run of experiments.celeba: {error}.") from None
-    model = Model(config, channels)
+        raise _launch.UsageError(
+            f"{config_path} is not the config of a run that trains a generator: {error}."
+        ) from None
     with Checkpointer(run / "checkpoints") as checkpointer:
         restored = checkpointer.restore(jax.eval_shape(model.initial_state), step=step)
         if restored is None:
@@ -68,7 +66,7 @@ def load_run(run: Path, step: int | None = None) -> tuple[Model, TrainState]:
 def load_generator(run: Path, step: int | None = None) -> tuple[Model, object, int]:
     """The model of a run, its averaged generator variables, and the step they are from."""
     model, state = load_run(run, step)
-    return model, state.ema, int(state.step)
+    return model, model.averaged(state), int(state.step)
 
 
 def draw(model: Model, variables, *, num: int, seed: int) -> np.ndarray:

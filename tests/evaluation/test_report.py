@@ -73,6 +73,8 @@ def run(tmp_path):
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "results.json").write_text(json.dumps(results))
+    table = f"| method | error → 0 |\n|---|---|\n| *{NASTY}* | 1.5 ± 0.25 |\n| fixed |  |\n\nMeans over seeds.\n"
+    (tmp_path / "table.md").write_text(table, encoding="utf-8")
     names = ("curves", "samples", "reconstructions", "interpolations", "neighbours", "noise", "points_of_interest")
     for level, name in enumerate(names):
         picture(tmp_path / f"{name}.png", 10 + 20 * level, size=(20, 60))
@@ -98,7 +100,7 @@ def test_everything_is_there_and_nothing_comes_from_outside(run):
     assert path == run / "report.html"
     page = Page(path)
     assert page.sections == [
-        "key-numbers", "evaluation", "figures", "samples", "curves", "reconstructions", "interpolations",
+        "key-numbers", "tables", "evaluation", "figures", "samples", "curves", "reconstructions", "interpolations",
         "nearest-training-images", "learned-noise", "speed", "configuration", "versions",
     ]  # fmt: skip
     assert [a["href"] for a in page.all("a")] == [f"#{name}" for name in page.sections]
@@ -117,6 +119,8 @@ def test_everything_is_there_and_nothing_comes_from_outside(run):
     np.testing.assert_allclose(levels(page), expected, atol=1)
     for shown in ("-800.5 ± 6.494", "162,770", "at point KL 0.5", "kernel distance 0.5 ± 0.125", "not given", "no"):
         assert shown in page.text
+    assert f"method error → 0 {' '.join(NASTY.split())} 1.5 ± 0.25 fixed Means over seeds." in page.text
+    assert [a["scope"] for a in page.all("th") if a.get("scope") == "col"] == ["col", "col"]
     assert "standard error" not in page.text  # it stands behind its number
     assert "points of interest" in page.text
     assert page.text.count("celeba demo seed 3") == 2  # title and heading

@@ -74,7 +74,7 @@ def run(shared, workdir, **changes):
 
 def final_leaves(workdir):
     """The last state of a run, as named arrays."""
-    model = celeba.Model(dataclasses.replace(celeba.PRESETS["demo"], **TINY), 3)
+    model = celeba.Model(dataclasses.replace(celeba.PRESETS["demo"], **TINY), (64, 64, 3))
     with Checkpointer(Path(workdir) / "checkpoints") as saver:
         restored = saver.restore(jax.eval_shape(model.initial_state))
     assert restored.step == TINY["steps"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import _launch, celeba, evaluate, features, sample
+from experiments import _generator, _launch, celeba, evaluate, features, sample
 from spread_jax.data import open_dataset
 from spread_jax.evaluation import FeatureNetwork, Moments, frechet_distance
 from spread_jax.training import Checkpointer, RunDirectory
@@ -45,10 +45,10 @@ def finished(tmp_path_factory):
         celeba.PRESETS["demo"], width=2, latent_dim=3, max_examples=COUNT, cache_dir=str(cache), quiet=True
     )
     train = open_dataset("faces", max_examples=COUNT, cache_dir=cache, progress=_launch.silent)
-    saved = {**_launch.as_dict(config), "data_fingerprint": train.fingerprint, "image_channels": 3}
+    saved = _generator.saved_config(config, train)
     with RunDirectory.open(workdir, saved, tensorboard=False) as run:
         with Checkpointer(run.checkpoints_path) as saver:
-            saver.save(0, random_state(celeba.Model(config, 3)), metrics={})
+            saver.save(0, random_state(celeba.Model(config, train.image_shape)), metrics={})
         run.write_results({"experiment": "celeba", "steps": 0})
     return workdir
 

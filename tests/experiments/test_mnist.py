@@ -6,19 +6,16 @@ import math
 import os
 import signal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from sklearn.decomposition import PCA
 
-from experiments import _launch, _noise, mnist
+from experiments import _generator, _launch, _noise, mnist
 from spread_jax.training import NoiseCollapseError, TrainingInterrupted
 
-CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 TINY = {
     "steps": 8,
     "width": 2,
@@ -37,48 +34,7 @@ TINY = {
 }
 
 
-class Encoder(nn.Module):
-    """Stands for `Encoder28`, which takes long to compile and is tested where it is."""
-
-    latent_dim: int
-    width: int
-
-    @nn.compact
-    def __call__(self, y, *, train):
-        h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(y.reshape(len(y), -1)))
-        return nn.Dense(self.latent_dim)(h), nn.Dense(self.latent_dim)(h)
-
-
-class Generator(nn.Module):
-    """Stands for `Generator28`."""
-
-    width: int
-    native_gradients: bool = False
-
-    @nn.compact
-    def __call__(self, z, *, train):
-        h = nn.BatchNorm(use_running_average=not train)(nn.Dense(4)(z))
-        return nn.sigmoid(nn.Dense(28 * 28)(nn.tanh(h))).reshape(-1, 28, 28, 1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_this_process(tmp_path_factory):
-    """Small networks, no compiler settings, caches of its own: of images, and of programs compiled by several tests."""
-    before = {name: getattr(jax.config, name) for name in CACHE}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "configure_jax", lambda: None)
-        patch.setattr(mnist, "Encoder28", Encoder)
-        patch.setattr(mnist, "Generator28", Generator)
-        patch.setenv("SPREAD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        try:
-            for name, value in zip(CACHE, (str(tmp_path_factory.mktemp("xla")), 0.05), strict=True):
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
+pytestmark = pytest.mark.usefixtures("small_networks")
 
 
 def run(workdir, **changes):
@@ -92,7 +48,7 @@ def result(capsys):
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(small_networks, tmp_path_factory):
     """All four noises from start to end."""
     workdir = tmp_path_factory.mktemp("runs") / "unbroken"
     assert run(workdir) == 0
@@ -109,7 +65,7 @@ def recorded(folder):
 
 def test_a_run_leaves_everything_it_promises(unbroken):
     results = json.loads((unbroken / "results.json").read_text())
-    assert set(results["noises"]) == set(mnist.NOISES)
+    assert set(results["noises"]) == set(_noise.NOISES)
     for kind, numbers in results["noises"].items():
         assert numbers == json.loads((unbroken / kind / "results.json").read_text())
         assert math.isfinite(numbers["held_out_elbo_nats"])
@@ -211,7 +167,7 @@ def test_principal_directions_are_scikit_learns():
 
 def test_tangents_span_the_differences_of_nearby_images(unbroken):
     config = dataclasses.replace(mnist.PRESETS["demo"], **TINY)
-    model = mnist.Model(config, "gaussian")
+    model = mnist.Model(dataclasses.replace(config, noise="gaussian"), mnist.IMAGE)
     variables = model.initial_state().ema
     z = jax.random.normal(jax.random.key(0), (2, 3))
     bases = model.tangents(variables, z)
@@ -223,17 +179,17 @@ def test_tangents_span_the_differences_of_nearby_images(unbroken):
         assert np.linalg.norm(outside) < 0.05 * np.linalg.norm(moves)
 
 
-@pytest.mark.parametrize("kind", mnist.NOISES)
+@pytest.mark.parametrize("kind", _noise.NOISES)
 def test_the_published_preset_is_the_papers_and_traces(kind, monkeypatch):
     from spread_jax.nn import Encoder28, Generator28
 
-    monkeypatch.setattr(mnist, "Encoder28", Encoder28)
-    monkeypatch.setattr(mnist, "Generator28", Generator28)
+    monkeypatch.setattr(_generator, "Encoder28", Encoder28)
+    monkeypatch.setattr(_generator, "Generator28", Generator28)
     config = mnist.PRESETS["published"]
     assert (config.width, config.batch_size, config.learning_rate, config.beta1) == (64, 100, 1e-4, 0.5)
     assert (config.rank, config.noise_learning_rate, config.ascent_steps) == (20, 1e-5, 1000)
     assert (config.transform_features, config.transform_coefficient) == (32, 0.1)
-    model = mnist.Model(config, kind)
+    model = mnist.Model(dataclasses.replace(config, noise=kind), mnist.IMAGE)
     state = jax.eval_shape(model.initial_state)
     batch = jax.ShapeDtypeStruct((100, 28, 28, 1), np.uint8)
     parts = (state.params, state.noise_params, state.model_state, state.noise_state, batch)
@@ -245,7 +201,8 @@ def test_the_published_preset_is_the_papers_and_traces(kind, monkeypatch):
 
 def test_the_noise_cannot_learn_to_mislead_the_encoder():
     """The gradient of its objective is that for an encoder that returns the same whatever it sees."""
-    model = mnist.Model(dataclasses.replace(mnist.PRESETS["demo"], **TINY), "low_rank")
+    config = dataclasses.replace(mnist.PRESETS["demo"], noise="low_rank", **TINY)
+    model = mnist.Model(config, mnist.IMAGE)
     state, encoder = model.initial_state(), model.encoder
     batch = np.random.default_rng(0).integers(0, 256, size=(4, 28, 28, 1), dtype=np.uint8)
     seen = []
@@ -257,23 +214,25 @@ def test_the_noise_cannot_learn_to_mislead_the_encoder():
 
     class Fixed:
         def apply(self, *arguments, **options):
-            return seen[-1]
+            return returned
 
     def value(noise_params, key):
         parts = (state.params, noise_params, state.model_state, state.noise_state, batch)
         return model.divergence(*parts, key=key, step=state.step)[0]
 
+    def gradient():
+        return jax.jit(jax.grad(value))(state.noise_params, key)["factor"]
+
     key = jax.random.key(1)
     model.encoder = Recorded()
-    value(state.noise_params, key)
+    returned = jax.jit(lambda noise_params: (value(noise_params, key), seen[-1])[1])(state.noise_params)
     model.encoder = Fixed()
-    expected = jax.grad(value)(state.noise_params, key)["factor"]
+    expected = gradient()
     model.encoder = encoder
-    got = jax.grad(value)(state.noise_params, key)["factor"]
+    got = gradient()
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
     model.config = dataclasses.replace(model.config, through_encoder=True)
-    other = jax.grad(value)(state.noise_params, key)["factor"]
-    assert np.abs(other - expected).max() > 0.01 * np.abs(expected).max()
+    assert np.abs(gradient() - expected).max() > 0.01 * np.abs(expected).max()
 
 
 BAD = {

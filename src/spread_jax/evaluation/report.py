@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -54,13 +55,14 @@ _ORDER = (
 
 
 def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_images: bool = True) -> Path:
-    """Writes report.html into a run's folder from what lies there: config, results, pictures.
+    """Writes report.html into a run's folder from what lies there: config, results, tables, pictures.
 
     The file is whole in itself: pictures are embedded, nothing is fetched. What a run does not have is left out: an
     unfinished run has no numbers yet.
 
     Args:
-      run_dir: the folder, with config.json and any of results.json, metrics.jsonl, *.png and samples/*.png.
+      run_dir: the folder, with config.json and any of results.json, table.md (pipe tables and plain paragraphs),
+        *.png and samples/*.png.
       title: the heading; experiment, preset and seed if not given.
       real_images: show pictures that hold images of the data set (reconstructions, nearest training images). False
         leaves them out, for data that must not be passed on; the numbers stay.
@@ -92,6 +94,8 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
     numbers = {k: v for k, v in results.items() if k not in _ELSEWHERE}
     if numbers:
         sections["Key numbers"] = _table(numbers)
+    if tables := _markdown(folder / "table.md"):
+        sections["Tables"] = tables
     if results.get("evaluation"):
         sections["Evaluation"] = _table(results["evaluation"])
     sections |= _pictures(folder, real_images)
@@ -214,10 +218,32 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{name}_")
         elif isinstance(value, list) and value and all(isinstance(v, Mapping) for v in value):
-            continue  # a table of its own, in the figures
+            continue  # a table of its own, in table.md or in the figures
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _markdown(path: Path) -> str:
+    """The pipe tables of a file and the lines between them as HTML; nothing else of Markdown is known."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    found = []
+    for is_table, group in itertools.groupby(lines, lambda line: line.startswith("|")):
+        block = list(group)
+        if not is_table or len(block) < 3:
+            found += [f"<p>{_text(line)}</p>" for line in block if line.strip()]
+            continue
+        cells = [[cell.strip() for cell in line[1:].removesuffix("|").split("|")] for line in block]
+        head = "".join(f'<th scope="col">{_text(cell)}</th>' for cell in cells[0])
+        body = ""
+        for first, *rest in cells[2:]:
+            numbers = "".join(f"<td>{_text(cell)}</td>" for cell in rest)
+            body += f'<tr><th scope="row">{_text(first.strip("*"))}</th>{numbers}</tr>'
+        found.append(f'<div class="wide"><table class="many"><tr>{head}</tr>{body}</table></div>')
+    return "\n".join(found)
 
 
 def _words(name: str) -> str:
@@ -278,6 +304,8 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem 1.5rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line);
   overflow-wrap: anywhere; }
 th { font-weight: normal; color: var(--soft); }
+table.many { white-space: nowrap; margin-bottom: 1rem; }
+table.many th[scope="col"] { white-space: normal; }
 figure { margin: 0 0 1rem; }
 figure:last-child { margin-bottom: 0; }
 figcaption { color: var(--soft); font-size: .9rem; margin-top: .35rem; }

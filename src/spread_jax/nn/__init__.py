@@ -1,7 +1,15 @@
-"""Flax Linen networks: encoders and generators, invertible maps, and convolutions fast on every platform."""
+"""Flax Linen networks: encoders, generators, discriminators, invertible maps, a flow, fast convolutions."""
 
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
-from spread_jax.nn.images import Encoder28, Encoder64, Generator28, Generator64
+from spread_jax.nn.flows import CouplingFlow
+from spread_jax.nn.images import (
+    Discriminator28,
+    Discriminator64,
+    Encoder28,
+    Encoder64,
+    Generator28,
+    Generator64,
+)
 from spread_jax.nn.invertible import (
     Inverse,
     InvertibleResidual,
@@ -16,6 +24,9 @@ from spread_jax.nn.invertible import (
 __all__ = [
     "Conv",
     "ConvTranspose",
+    "CouplingFlow",
+    "Discriminator28",
+    "Discriminator64",
     "Encoder28",
     "Encoder64",
     "Generator28",

@@ -1,7 +1,7 @@
-"""The published encoders and generators for 64x64 and 28x28 images.
+"""The published encoders and generators for 64x64 and 28x28 images, and discriminators that mirror them.
 
 Parameters and batch statistics are float32; `dtype` is the compute dtype. Encoders return the mean and
-log standard deviation of q(z|y), generators x = g(z) in (0, 1).
+log standard deviation of q(z|y), generators x = g(z) in (0, 1), discriminators one real number v for each image.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from spread_jax.nn.convolutions import Conv, ConvTranspose
 
-__all__ = ["Encoder28", "Encoder64", "Generator28", "Generator64"]
+__all__ = ["Discriminator28", "Discriminator64", "Encoder28", "Encoder64", "Generator28", "Generator64"]
 
 
 def _normalise(x: jax.Array, train: bool, dtype: Any) -> jax.Array:
@@ -28,6 +28,16 @@ def _gaussian_head(h: jax.Array, latent_dim: int) -> tuple[jax.Array, jax.Array]
     mean = nn.Dense(latent_dim, name="mean")(h)
     log_std = nn.Dense(latent_dim, name="log_std")(h)
     return mean, log_std
+
+
+def _normalise_each(x: jax.Array, dtype: Any) -> jax.Array:
+    # Over one image's pixels and channels: no image's number depends on which others are in its batch.
+    return nn.GroupNorm(num_groups=1, epsilon=1e-5, dtype=dtype)(x)
+
+
+def _score_head(h: jax.Array) -> jax.Array:
+    h = h.astype(jnp.float32).reshape(h.shape[0], -1)
+    return nn.Dense(1, kernel_init=nn.initializers.zeros_init(), name="score")(h)[:, 0]
 
 
 class Encoder64(nn.Module):
@@ -201,3 +211,78 @@ class Generator28(nn.Module):
         h = nn.relu(_normalise(h, train, self.dtype))
         h = ConvTranspose(self.channels, **layer)(h)
         return nn.sigmoid(h.astype(jnp.float32))
+
+
+class Discriminator64(nn.Module):
+    """v(y) for 64x64 images, the mirror of `Generator64`: four 5x5 stride-2 convolutions, then a dense layer.
+
+    Channels width, 2 width, 4 width, 8 width; leaky ReLU 0.2. Where the published networks have batch normalisation,
+    from the second convolution on, this has normalisation over each image alone (a group norm of one group). A lower
+    bound on a divergence of p~ and q~ needs one function of y. Statistics of a batch would make v depend on the other
+    images: of data and samples apart, the discriminator could tell the two sets by their means and no bound would
+    hold; of both together, each data image would see the samples. The last layer starts at 0, so v = 0: data and
+    samples are equally likely, the bound is 0, and the logistic loss 2 log 2.
+
+    Attributes:
+      width: channels of the first convolution, as of `Encoder64`.
+      dtype: compute dtype of the convolutions.
+      native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
+
+    Source: Radford, Metz and Chintala, DCGAN, ICLR 2016, for the shape; Ba, Kiros and Hinton, Layer Normalization,
+    2016, for the normalisation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> discriminator, y = Discriminator64(width=8), jnp.zeros((2, 64, 64, 3))
+      >>> variables = discriminator.init(jax.random.key(0), y)
+      >>> discriminator.apply(variables, y).tolist()
+      [0.0, 0.0]
+    """
+
+    width: int = 128
+    dtype: Any = jnp.float32
+    native_gradients: bool = False
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        layer = {"stride": 2, "dtype": self.dtype, "native": self.native_gradients}
+        h = nn.leaky_relu(Conv(self.width, **layer)(y), 0.2)
+        for multiple in (2, 4, 8):
+            h = Conv(self.width * multiple, use_bias=False, **layer)(h)
+            h = nn.leaky_relu(_normalise_each(h, self.dtype), 0.2)
+        return _score_head(h)
+
+
+class Discriminator28(nn.Module):
+    """v(y) for 28x28 images, the mirror of `Generator28`: two 4x4 stride-2 convolutions and two dense layers.
+
+    Convolutions to width and 2 width channels, dense 16 width, leaky ReLU 0.1; normalisation over each image alone and
+    the start at v = 0 as in `Discriminator64`.
+
+    Attributes:
+      width: channels of the first convolution, as of `Encoder28`.
+      dtype: compute dtype of the convolutions.
+      native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
+
+    Source: the discriminator of Chen et al., InfoGAN, 2016, for the shape; the normalisation as in `Discriminator64`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> discriminator, y = Discriminator28(width=8), jnp.zeros((2, 28, 28, 1))
+      >>> variables = discriminator.init(jax.random.key(0), y)
+      >>> discriminator.apply(variables, y).shape
+      (2,)
+    """
+
+    width: int = 64
+    dtype: Any = jnp.float32
+    native_gradients: bool = False
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        layer = {"kernel_size": (4, 4), "stride": 2, "dtype": self.dtype, "native": self.native_gradients}
+        h = nn.leaky_relu(Conv(self.width, **layer)(y), 0.1)
+        h = nn.leaky_relu(_normalise_each(Conv(2 * self.width, use_bias=False, **layer)(h), self.dtype), 0.1)
+        h = nn.Dense(16 * self.width, use_bias=False, dtype=self.dtype)(h.reshape(h.shape[0], -1))
+        h = nn.leaky_relu(_normalise_each(h, self.dtype), 0.1)
+        return _score_head(h)
