@@ -10,7 +10,8 @@ A step goes through these names in the checkpoint folder, each reached by one at
     40.unsound     no longer matches its seal: set aside by ``restore``, never deleted
 
 so a process that is killed at any moment leaves the last sealed step as it was. Nothing is
-pickled.
+pickled or unpickled: a step holds JSON and arrays of numbers, and none of its files runs code. The
+seal shows damage; it is no signature, and whoever can write to the folder can write a seal.
 
 Several processes may share one checkpoint folder (on a shared file system): all of them call
 ``save``, ``wait`` and ``restore`` in the same order, each writes its own shards, and process 0
@@ -30,6 +31,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -94,13 +96,21 @@ class _LeafSpec:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> _LeafSpec:
         stored = fields.get("stored_shape")
-        return cls(
+        spec = cls(
             kind=fields["kind"],
             dtype=fields["dtype"],
             shape=tuple(fields["shape"]),
             impl=fields.get("impl"),
             stored_shape=None if stored is None else tuple(stored),
         )
+        # Of another writer than this module: whatever follows may rely on these.
+        texts = (spec.kind, spec.dtype, spec.impl if spec.kind == "key" else "")
+        sizes = (*spec.shape, *(spec.stored_shape or ()))
+        if spec.kind not in ("array", "key", "number") or not all(isinstance(text, str) for text in texts):
+            raise ValueError("a leaf is of no known kind")
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError("a leaf has an impossible shape")
+        return spec
 
     @property
     def array_shape(self) -> tuple[int, ...]:
@@ -206,6 +216,12 @@ def _check_fit(saved: Mapping[str, _LeafSpec], wanted: Mapping[str, _LeafSpec], 
         )
 
 
+def _holds(value: Any, spec: _LeafSpec) -> bool:
+    """Whether a stored array is what the seal says; it is, unless another program wrote the seal."""
+    dtype = np.dtype(np.uint32) if spec.kind == "key" else np.dtype(spec.dtype)
+    return tuple(np.shape(value)) == spec.array_shape and np.dtype(value.dtype) == dtype
+
+
 def _to_leaf(name: str, value: Any, saved: _LeafSpec, wanted: Any) -> Any:
     """Turns the stored array into a leaf of the type, dtype and placement of ``wanted``."""
     placement = _placement(wanted)
@@ -269,7 +285,7 @@ class _Seal:
                 leaves={k: _LeafSpec.from_json(v) for k, v in content["leaves"].items()},
                 files={k: (v["bytes"], v[_HASH]) for k, v in content["files"].items()},
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _Unsound(f"{_SEAL}: it cannot be read ({error})") from error
 
 
@@ -290,6 +306,16 @@ def _hash_file(path: Path, *, flush: bool = False) -> tuple[int, str]:
         return file.tell(), digest.hexdigest()
 
 
+def _refuse_odd_entries(folder: Path) -> None:
+    """A link leads out of what is sealed, a pipe is waited for: a step has folders and files only."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent, name)
+            mode = path.lstat().st_mode
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                raise _Unsound(f"{path.relative_to(folder).as_posix()}: it is neither a file nor a folder")
+
+
 def _files(folder: Path) -> list[str]:
     found = [
         Path(parent, name).relative_to(folder).as_posix() for parent, _, names in os.walk(folder) for name in names
@@ -306,6 +332,8 @@ def _write_seal(folder: Path, step: int, metrics: dict[str, float], leaves: dict
 
 def _read_seal(folder: Path) -> _Seal:
     try:
+        if not stat.S_ISREG((folder / _SEAL).lstat().st_mode):
+            raise _Unsound(f"{_SEAL}: it is not a file")
         text = (folder / _SEAL).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise _Unsound(f"{_SEAL}: it is missing") from error
@@ -319,6 +347,10 @@ def _read_seal(folder: Path) -> _Seal:
 
 def _verify(folder: Path) -> _Seal:
     seal = _read_seal(folder)
+    try:
+        _refuse_odd_entries(folder)
+    except OSError as error:
+        raise _Unsound(f"it cannot be read ({error})") from error
     present = _files(folder)
     for name in seal.files:
         if name not in present:
@@ -799,5 +831,7 @@ class Checkpointer:
             if name not in arrays:
                 dtype = np.uint32 if spec.kind == "key" else np.dtype(spec.dtype)
                 arrays[name] = np.zeros(spec.array_shape, dtype)
+            elif not _holds(arrays[name], spec):
+                raise CheckpointError(f"{folder} is not sound: the array {name!r} is not what its seal says.")
         restored = [_to_leaf(name, arrays[name], seal.leaves[name], leaf) for name, leaf in leaves.items()]
         return Restored(step, jax.tree_util.tree_unflatten(treedef, restored), seal.metrics)

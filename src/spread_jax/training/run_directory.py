@@ -167,15 +167,13 @@ class RunDirectory:
         """
         folder = Path(path).expanduser().absolute()
         try:
-            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            saved = _read_mapping(folder / "config.json")
         except (FileNotFoundError, NotADirectoryError):
             raise RunDirectoryError(
                 f"{folder} is not a run's folder: it has no config.json. Name the folder a run printed."
             ) from None
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{folder / 'config.json'} cannot be read: {reason(error)}") from error
-        if not isinstance(saved, dict):
-            raise RunDirectoryError(f"{folder / 'config.json'} is damaged: it holds no mapping.")
         return cls(folder, saved, _lock(folder), log=log or _print_to_stderr, tensorboard=False)
 
     def __enter__(self) -> RunDirectory:
@@ -299,12 +297,14 @@ class RunDirectory:
             data = self._metrics_path.read_bytes()
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise RunDirectoryError(f"{self._metrics_path} cannot be read: {reason(error)}") from error
         lines = data.split(b"\n")
         for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
             try:
                 record = json.loads(line)
                 record["step"] = int(record["step"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 shown = line[:60].decode(errors="replace")
                 raise RunDirectoryError(
                     f"line {number} of {self._metrics_path} is not a record of metrics: {shown!r}. "
@@ -343,10 +343,9 @@ class RunDirectory:
     def results(self) -> dict[str, Any] | None:
         """What ``write_results`` wrote, or None while the run is not finished."""
         try:
-            results = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            return _read_mapping(self.path / "results.json")
         except (OSError, ValueError):
             return None
-        return results if isinstance(results, dict) else None
 
     @property
     def finished(self) -> bool:
@@ -501,6 +500,29 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
+_MOST_NESTED = 100
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object; a ValueError if the file holds something else, or what could not be worked with."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is not a file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no mapping")
+    level: list[Any] = [found]
+    for _ in range(_MOST_NESTED):
+        level = [v for value in level if isinstance(value, dict | list)
+                 for v in (value.values() if isinstance(value, dict) else value)]  # fmt: skip
+        if not level:
+            return found
+    raise ValueError("it is nested too deeply")
+
+
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in config.items():
@@ -527,9 +549,7 @@ def _differences(saved: Mapping, now: Mapping, resumable_keys: Collection[str]) 
 def _write_config(folder: Path, config: dict[str, Any], resumable_keys: Collection[str]) -> None:
     path = folder / "config.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise ValueError("it holds no mapping")
+        saved = _read_mapping(path)
     except FileNotFoundError:
         saved = None
     except OSError as error:
