@@ -28,8 +28,8 @@ import PIL.Image  # noqa: F401  imported once, before the forks
 
 from spread_jax.data import Loader, cache, open_dataset
 from spread_jax.training import (
-    CheckpointError,
     Checkpointer,
+    CheckpointError,
     LossOutput,
     NonFiniteLossError,
     RunDirectory,
@@ -153,7 +153,9 @@ def run(options: dict) -> int:
     def initial_state():
         shape = (int(np.prod(dataset.image_shape)), width)
         params = {"encode": jnp.full(shape, 0.01), "decode": 0.01 * jnp.ones(shape[::-1])}
-        return create_train_state(params, {"seen": jnp.zeros(())}, optimizer, key=jax.random.key(options.get("seed", 0)))
+        return create_train_state(
+            params, {"seen": jnp.zeros(())}, optimizer, key=jax.random.key(options.get("seed", 0))
+        )
 
     config = {"seed": options.get("seed", 0), "width": width, "data": dataset.fingerprint}
     with (

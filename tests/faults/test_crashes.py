@@ -186,7 +186,9 @@ def test_a_damaged_file_costs_one_step(how, runs, unbroken, assert_unbroken, tal
     assert len(files) > 5
     for file in files if chaos else [chance.choice(files)]:
         hurt = lambda step, file=file: DAMAGE[how](step / file)
-        tally(f"a checkpoint's file {how}", check_damaged, runs, unbroken, assert_unbroken, tmp_path / "run", hurt, newest)
+        tally(
+            f"a checkpoint's file {how}", check_damaged, runs, unbroken, assert_unbroken, tmp_path / "run", hurt, newest
+        )
 
 
 def test_files_of_another_configuration_are_refused(runs, unbroken, assert_unbroken, tally, chaos, chance, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import os
@@ -53,7 +54,7 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
         packed = path.stat().st_size
         with open(path, "rb") as file:
             zipped = file.peek(2)[:2] == b"\x1f\x8b"
-            with gzip.open(file) if zipped else file as stream:
+            with gzip.open(file) if zipped else contextlib.nullcontext(file) as stream:
                 return _read_idx(path, stream, packed, zipped=zipped)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DatasetError(f"{path} is a damaged or truncated gzip file ({error}): fetch it again.") from error
@@ -88,7 +89,7 @@ def _read_idx(path: Path, stream: BinaryIO, packed: int, *, zipped: bool) -> np.
             data += chunk
     if offset + len(data) != expected:
         more = len(data) > expected - offset
-        held = "more" if more else f"{offset + len(data):,} bytes" if data or expected == offset else "fewer bytes"
+        held = "more" if zipped and more else "fewer bytes" if zipped else f"{packed:,} bytes"
         raise DatasetError(
             f"{path} holds {held}, but its header, with shape {shape}, promises {expected:,}: the file is truncated or "
             "damaged; fetch it again."

@@ -82,6 +82,7 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
     folder = Path(run_dir)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     results = _read_results(folder)
+    tables = {k: v for k in ("evaluation", "versions") if isinstance(v := results.get(k), Mapping)}
     parts = {k: results.get(k, config.get(k)) for k in ("experiment", "preset", "seed")}
     title = title or " ".join(
         filter(None, [str(parts["experiment"] or folder.name), str(parts["preset"] or ""),
@@ -92,14 +93,14 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
     numbers = {k: v for k, v in results.items() if k not in _ELSEWHERE}
     if numbers:
         sections["Key numbers"] = _table(numbers)
-    if results.get("evaluation"):
-        sections["Evaluation"] = _table(results["evaluation"])
+    if tables.get("evaluation"):
+        sections["Evaluation"] = _table(tables["evaluation"])
     sections |= _pictures(folder, real_images)
     if speed := {k: results[k] for k in _SPEED if results.get(k) is not None}:
         sections["Speed"] = _table(speed)
     sections["Configuration"] = _table(config)
-    if results.get("versions"):
-        sections["Versions"] = _table(results["versions"])
+    if tables.get("versions"):
+        sections["Versions"] = _table(tables["versions"])
     if not results:
         sections = {"State": "<p>The run is not finished: there are no results yet.</p>"} | sections
 
@@ -177,7 +178,7 @@ def _embed(path: Path, pixels: bool) -> tuple[str, tuple[int, int]]:
     """A data URL and the size; grids of images become JPEG, a fifth of the bytes."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         size = image.size
         if pixels:
             buffer = io.BytesIO()
