@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import _generator, _launch, runs, sample
-from spread_jax.data import DatasetError, celeb_a, idx
+from spread_jax.data import DatasetError, celeb_a, celeb_a_builder, idx
 from spread_jax.data.files import list_zip
 from spread_jax.data.images import Transform, decode_image, quiet_pillow
 from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, checkpoint
@@ -29,9 +29,9 @@ CHAOS = bool(os.environ.get("SPREAD_JAX_CHAOS"))
 
 
 def fuzz(count):
-    """So many examples, always the same ones; fifty times as many and others each time in the long form."""
+    """So many examples, always the same ones; ten times as many and others each time in the long form."""
     return settings(
-        max_examples=50 * count if CHAOS else count,
+        max_examples=10 * count if CHAOS else count,
         derandomize=not CHAOS,
         database=None,
         deadline=None,
@@ -46,7 +46,7 @@ cuts = st.one_of(st.just(1.0), st.floats(0, 1))
 def mutate(data, edits, cut):
     """Some bytes changed, more of them near the beginning, where headers are; the end cut off."""
     data = bytearray(data)
-    for place, value in edits:
+    for place, value in edits if data else ():
         data[int(place**3 * len(data))] = value
     return bytes(data[: round(cut * len(data))])
 
@@ -82,7 +82,7 @@ def test_images(pictures, tally):
             assert image.shape == (6, 6, channels)
             assert image.dtype == np.uint8
 
-    @fuzz(200)
+    @fuzz(120)
     @given(st.one_of(st.sampled_from(pictures), st.binary(max_size=60)), edits, cuts, st.sampled_from([1, 3]))
     def decode(data, edits, cut, channels):
         tally("fuzzed image", check, mutate(data, edits, cut), channels)
@@ -108,7 +108,7 @@ def test_idx_files(tmp_path, tally):
     def read(code, shape, values, zipped, edits, cut):
         data = bytes([0, 0, code, len(shape)]) + struct.pack(f">{len(shape)}I", *shape) + values
         data = gzip.compress(data) if zipped else data
-        path.write_bytes(mutate(data, edits, cut) if data else data)
+        path.write_bytes(mutate(data, edits, cut))
         tally("fuzzed idx file", check)
 
     read()
@@ -148,6 +148,8 @@ def test_split_lists(tmp_path, tally):
     def check():
         with contextlib.suppress(DatasetError):
             assert celeb_a.read_partition(path)
+        with contextlib.suppress(DatasetError):
+            assert celeb_a_builder._read_attributes(path)
 
     @fuzz(60)
     @given(st.one_of(st.binary(max_size=60), st.text("0123,. \n\tajpg", max_size=60).map(str.encode)))
@@ -182,10 +184,8 @@ def test_run_folders(tmp_path, tally):
     folder.mkdir()
 
     def check():
-        for use in (
-            lambda: RunDirectory.reopen(folder),
-            lambda: RunDirectory.open(folder, {"seed": 0}, tensorboard=False),
-        ):
+        reopen = lambda: RunDirectory.reopen(folder)
+        for use in (reopen, lambda: RunDirectory.open(folder, {"seed": 0}, tensorboard=False)):
             with contextlib.suppress(RunDirectoryError), use() as run:
                 assert run.results is None or isinstance(run.results, dict)
                 with contextlib.suppress(_launch.UsageError):
@@ -196,7 +196,7 @@ def test_run_folders(tmp_path, tally):
         (row,) = runs.find(tmp_path)
         assert all(cell.isprintable() for cell in row)
 
-    @fuzz(150)
+    @fuzz(80)
     @given(texts, texts, st.one_of(st.lists(lines, max_size=3).map("\n".join), st.just(DEEP + "\n")))
     def use(config, results, metrics):
         for name, text in (("config.json", config), ("results.json", results), ("metrics.jsonl", metrics)):
@@ -271,9 +271,8 @@ def test_forged_seals(tmp_path, tally):
     path = folder / "2" / checkpoint._SEAL
     whole = path.read_bytes()
     content = json.loads(whole)["content"]
-    values = st.one_of(
-        json_values, st.sampled_from(["key", "float64", "fry", "../../etc", [2, 3], [-1], [2**40], 0, 1, {}])
-    )
+    likely = st.sampled_from(["key", "float64", "fry", "../../etc", [2, 3], [-1], [2**40], 0, 1, {}])
+    values = st.one_of(json_values, likely)
 
     def check(checkpointer):
         try:

@@ -66,7 +66,7 @@ def test_a_planted_pickle_is_never_opened(steps, tmp_path, monkeypatch):
     code = pickle.dumps(Evil(proof))
     with open(tmp_path / "object.npy", "wb") as file:
         np.save(file, np.array([Evil(proof)], dtype=object), allow_pickle=True)
-    for name in ("checkpoint", "checkpoint.pkl", "d/state.pickle", "array_metadatas/0"):
+    for name in ("checkpoint.pkl", "d/state.pickle", "array_metadatas/0"):
         (steps / "2" / name).parent.mkdir(exist_ok=True)
         (steps / "2" / name).write_bytes(code)
     shutil.copy(tmp_path / "object.npy", steps / "2" / "w.npy")
@@ -81,6 +81,10 @@ def test_a_planted_pickle_is_never_opened(steps, tmp_path, monkeypatch):
         restored = checkpointer.restore(state_at(0))
     assert restored.step == 2
     np.testing.assert_array_equal(restored.state["w"], state_at(2)["w"])
+    (steps / "2" / "checkpoint").write_bytes(code)  # the one name that Orbax would read, as msgpack
+    seal_again(steps / "2")
+    with Checkpointer(steps) as checkpointer, pytest.raises(CheckpointError, match="Orbax cannot read it"):
+        checkpointer.restore(state_at(0))
 
     cache = tmp_path / "cache"  # nor one in the place of cached images
     kept = np.array(open_dataset("faces", "test", max_examples=2, cache_dir=cache).images)
@@ -91,7 +95,7 @@ def test_a_planted_pickle_is_never_opened(steps, tmp_path, monkeypatch):
     np.testing.assert_array_equal(again.images, kept)
     assert not proof.exists()
     monkeypatch.undo()
-    pickle.loads(code)  # it would have run
+    pickle.loads(code).close()  # it would have run
     assert proof.exists()
 
 
@@ -317,22 +321,23 @@ def test_what_cannot_be_read_or_written_is_a_sentence(open_folder):
         (f / name).mkdir()
         for number in range(4):
             (f / name / f"{number}.png").write_bytes(png(number))
-    (f / "photos" / "1.png").chmod(0)
+    for path in (f / "photos").iterdir():
+        path.chmod(0)
     with zipfile.ZipFile(f / "photos.zip", "w") as archive:
         archive.writestr("0.png", png())
-    (f / "t10k-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
+    (f / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08\x03")
     with RunDirectory.open(f / "run", {"seed": 0}, tensorboard=False) as run:
         run.log_metrics(1, {"a": 1.0})
         with Checkpointer(run.checkpoints_path) as checkpointer:
             checkpointer.save(1, state_at(1))
-    for name in ("closed", "photos.zip", "t10k-images-idx3-ubyte", "run/config.json", "run/checkpoints/1/_METADATA"):
+    for name in ("closed", "photos.zip", "train-images-idx3-ubyte", "run/config.json", "run/checkpoints/1/_METADATA"):
         (f / name).chmod(0)
     (f / "full").mkdir(mode=0o555)
     read = {
         f / "photos": "png cannot be read",
         f / "closed": "closed cannot be listed|cannot be read",
         f / "photos.zip": r"photos\.zip.* cannot be read",
-        f / "t10k-images-idx3-ubyte": "ubyte.* cannot be read",
+        f / "train-images-idx3-ubyte": "ubyte.* cannot be read",
         f / "closed" / "0.png": "cannot be read",
         f / ("x" * 300): "cannot be read",
     }
@@ -347,9 +352,9 @@ def test_what_cannot_be_read_or_written_is_a_sentence(open_folder):
                 open_it()
         with pytest.raises(RunDirectoryError, match=r"could not be written: Permission denied"):
             RunDirectory.open(f / "full" / "run", {})
-        with Checkpointer(f / "run" / "checkpoints", log=lambda _: None) as checkpointer:
-            with pytest.raises(CheckpointError, match="_METADATA: it cannot be read"):
-                checkpointer.restore(state_at(0))
-        with Checkpointer(f / "full" / "steps") as checkpointer:
-            with pytest.raises(CheckpointError, match="Permission denied"):
-                checkpointer.save(1, state_at(1))
+        unreadable = Checkpointer(f / "run" / "checkpoints", log=lambda _: None)
+        with unreadable, pytest.raises(CheckpointError, match="_METADATA: it cannot be read"):
+            unreadable.restore(state_at(0))
+        unwritable = Checkpointer(f / "full" / "steps")
+        with unwritable, pytest.raises(CheckpointError, match="Permission denied"):
+            unwritable.save(1, state_at(1))

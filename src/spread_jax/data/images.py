@@ -44,8 +44,8 @@ def refuse_bomb(name: object, packed: int, unpacked: int) -> None:
     """
     if unpacked > max(_ALWAYS_ALLOWED, _MAX_RATIO * packed):
         raise DatasetError(
-            f"{name} holds {packed:,} bytes and unpacks to {unpacked:,}, over {_MAX_RATIO} times as many: it looks like "
-            "a decompression bomb; unpack it yourself if you trust it."
+            f"{name} holds {packed:,} bytes and unpacks to {unpacked:,}, over {_MAX_RATIO} times as many: it looks "
+            "like a decompression bomb; unpack it yourself if you trust it."
         )
 
 
