@@ -738,7 +738,9 @@ def train_run(
     """
     model = model_type(config, datasets["train"].image_shape)
     metric, mode = model.best_metric
-    with Checkpointer(run.checkpoints_path, keep=config.keep, best_metric=metric, best_mode=mode) as saver:
+    with Checkpointer(
+        run.checkpoints_path, keep=config.keep, best_metric=metric, best_mode=mode, run=run.identity
+    ) as saver:
         if _launch.finished_steps(run) >= config.steps:
             state = saver.restore(jax.eval_shape(model.initial_state)).state
             return model, _train.Trained(state, 0.0, None, None)

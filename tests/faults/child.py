@@ -160,7 +160,9 @@ def run(options: dict) -> int:
     config = {"seed": options.get("seed", 0), "width": width, "data": dataset.fingerprint}
     with (
         RunDirectory.open(options["workdir"], config, tensorboard=False) as directory,
-        Checkpointer(directory.checkpoints_path, keep=2, best_metric="error", best_mode="min") as saver,
+        Checkpointer(
+            directory.checkpoints_path, keep=2, best_metric="error", best_mode="min", run=directory.identity
+        ) as saver,
         StopRequest() as stop,
     ):
         marks.set(0, STAGES.index("restoring"))

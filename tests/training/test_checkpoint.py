@@ -434,6 +434,19 @@ def test_another_model_is_refused_by_name(two_steps, change, message):
     assert sorted(os.listdir(two_steps)) == ["1", "2"]  # nothing is set aside for it
 
 
+def test_a_step_of_another_run_is_refused_though_it_fits(tmp_path):
+    with Checkpointer(tmp_path, run="mine") as checkpointer:
+        checkpointer.save(1, small_state(1))
+    for run in ("mine", None):
+        with Checkpointer(tmp_path, run=run) as checkpointer:
+            assert_same(checkpointer.restore(small_state()).state, small_state(1))
+    for step in (None, 1):
+        with Checkpointer(tmp_path, run="another") as checkpointer, pytest.raises(CheckpointError) as caught:
+            checkpointer.restore(small_state(), step=step)
+        assert "saved by a run with other settings (it is sealed for mine, this run is another)" in str(caught.value)
+    assert os.listdir(tmp_path) == ["1"]  # and left alone
+
+
 def test_arguments_are_checked(tmp_path):
     with pytest.raises(ValueError, match="keep is 0"):
         Checkpointer(tmp_path, keep=0)

@@ -254,11 +254,13 @@ class _Seal:
     metrics: dict[str, float]
     leaves: dict[str, _LeafSpec]
     files: dict[str, tuple[int, str]]  # relative path -> bytes, digest
+    run: str | None = None
 
     def to_text(self) -> str:
         content = {
             "format": _FORMAT,
             "step": self.step,
+            "run": self.run,
             "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "metrics": {k: v if math.isfinite(v) else str(v) for k, v in self.metrics.items()},
             "hash": _HASH,
@@ -284,6 +286,7 @@ class _Seal:
                 metrics={k: float(v) for k, v in content["metrics"].items()},
                 leaves={k: _LeafSpec.from_json(v) for k, v in content["leaves"].items()},
                 files={k: (v["bytes"], v[_HASH]) for k, v in content["files"].items()},
+                run=content.get("run"),
             )
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _Unsound(f"{_SEAL}: it cannot be read ({error})") from error
@@ -323,11 +326,11 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in found if name != _SEAL)
 
 
-def _write_seal(folder: Path, step: int, metrics: dict[str, float], leaves: dict) -> None:
+def _write_seal(folder: Path, step: int, metrics: dict[str, float], leaves: dict, run: str | None = None) -> None:
     files = {name: _hash_file(folder / name, flush=True) for name in _files(folder)}
     for parent, _, _ in os.walk(folder):
         flush_folder(Path(parent))
-    write_atomically(folder / _SEAL, _Seal(step, metrics, leaves, files).to_text())
+    write_atomically(folder / _SEAL, _Seal(step, metrics, leaves, files, run).to_text())
 
 
 def _read_seal(folder: Path) -> _Seal:
@@ -425,6 +428,8 @@ class Checkpointer:
       best_mode: "max" or "min"; of equal values the earlier step is the best.
       asynchronous: whether ``save`` returns once the state has left the device, leaving writing,
         hashing and flushing to a thread; otherwise it returns when the step is sealed.
+      run: what identifies the run, such as `RunDirectory.identity`; it is sealed with every step, and a step that
+        was sealed with another is refused. None accepts every step.
       log: called with a sentence when a checkpoint is found damaged; prints to stderr by default.
 
     Raises:
@@ -448,6 +453,7 @@ class Checkpointer:
         best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "max",
         asynchronous: bool = True,
+        run: str | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         if keep is not None and keep < 1:
@@ -461,6 +467,7 @@ class Checkpointer:
         self._best_metric = best_metric
         self._best_mode = best_mode
         self._asynchronous = asynchronous
+        self._run = run
         self._log = log or _print_to_stderr
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -554,7 +561,7 @@ class Checkpointer:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                _write_seal(unsealed, step, metrics, specs)
+                _write_seal(unsealed, step, metrics, specs, self._run)
                 os.rename(unsealed, self.directory / str(step))
                 flush_folder(self.directory)
         except Exception as error:
@@ -733,7 +740,8 @@ class Checkpointer:
 
         Raises:
           CheckpointError: there are checkpoints and none is sound, the given step is missing or
-            not sound, or the checkpoint is that of another model: the message names its leaves.
+            not sound, or the checkpoint is that of another run or model: the message names its
+            leaves.
 
         Example:
           >>> import tempfile, jax, jax.numpy as jnp
@@ -753,6 +761,8 @@ class Checkpointer:
             found, problem = -1, None
             if jax.process_index() == 0:
                 found, problem = self._newest_sound()
+        if problem is None and found >= 0 and jax.process_index() == 0:
+            problem = self._problem_of_run(found)
         if _agree(problem is not None):
             raise CheckpointError(problem or f"process 0 found no sound step in {self.directory}.")
         found = _agree(found)
@@ -770,6 +780,17 @@ class Checkpointer:
                 f"the checkpoint {self.directory / str(step)} is not sound: {unsound}. "
                 "Restore without a step to use the newest one that is sound."
             )
+        return None
+
+    def _problem_of_run(self, step: int) -> str | None:
+        folder = self.directory / str(step)
+        with contextlib.suppress(_Unsound):  # changed since it was verified: reading it will say so
+            sealed_for = _read_seal(folder).run
+            if None not in (self._run, sealed_for) and self._run != sealed_for:
+                return (
+                    f"{folder} was saved by a run with other settings (it is sealed for {sealed_for}, this run is "
+                    f"{self._run}). Put back this run's own step, or move the folder away."
+                )
         return None
 
     def _newest_sound(self) -> tuple[int, str | None]:

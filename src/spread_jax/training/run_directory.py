@@ -20,6 +20,7 @@ import datetime
 import enum
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,8 @@ class RunDirectory:
     Attributes:
       path: the folder.
       config: the configuration as it was written to ``config.json``.
+      identity: a digest of the configuration without its resumable keys, the same for every process of a run;
+        for ``Checkpointer``. None after ``reopen``.
 
     Example:
       >>> import tempfile, os
@@ -67,12 +70,14 @@ class RunDirectory:
         config: dict[str, Any],
         lock: BinaryIO,
         *,
+        identity: str | None = None,
         log: Callable[[str], None],
         tensorboard: bool,
     ) -> None:
         """For ``open`` only."""
         self.path = path
         self.config = config
+        self.identity = identity
         self._lock: BinaryIO | None = lock
         self._log = log
         self._metrics: BinaryIO | None = None
@@ -135,7 +140,8 @@ class RunDirectory:
         lock = _lock(folder)
         try:
             _write_config(folder, plain, resumable_keys)
-            return cls(folder, plain, lock, log=log or _print_to_stderr, tensorboard=tensorboard)
+            identity = _identity(plain, resumable_keys)
+            return cls(folder, plain, lock, identity=identity, log=log or _print_to_stderr, tensorboard=tensorboard)
         except BaseException:
             lock.close()
             raise
@@ -533,15 +539,31 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _is_resumable(key: str, resumable_keys: Collection[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in resumable_keys)
+
+
+def _canonical(value: Any) -> Any:
+    """1 and 1.0 are the same setting."""
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and abs(value) <= 2**53 else value
+
+
+def _identity(config: Mapping[str, Any], resumable_keys: Collection[str]) -> str:
+    fixed = {key: _canonical(v) for key, v in _flatten(config).items() if not _is_resumable(key, resumable_keys)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _differences(saved: Mapping, now: Mapping, resumable_keys: Collection[str]) -> list[str]:
     """One line per key whose change makes this another run."""
     old, new = _flatten(saved), _flatten(now)
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in resumable_keys)
         was = f"saved {json.dumps(old[key])}" if key in old else "not saved"
         is_now = f"now {json.dumps(new[key])}" if key in new else "now absent"
-        if not free and (key in old, old.get(key)) != (key in new, new.get(key)):
+        if not _is_resumable(key, resumable_keys) and (key in old, old.get(key)) != (key in new, new.get(key)):
             lines.append(f"{key}: {was}, {is_now}")
     return lines
 
