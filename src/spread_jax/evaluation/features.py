@@ -127,8 +127,8 @@ class FeatureNetwork:
         except FileNotFoundError:
             raise FeaturesError(f"There is no file of features at {path}. {make}") from None
         except (
-            OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, NotImplementedError, zlib.error,
-            zipfile.BadZipFile,
+            OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, NotImplementedError, MemoryError,
+            OverflowError, zlib.error, zipfile.BadZipFile,
         ) as error:  # fmt: skip
             raise FeaturesError(f"{path} is not a file of features, or is damaged ({error}). {make}") from None
         if network.fingerprint != saved:
@@ -152,7 +152,8 @@ def _check_network(network: FeatureNetwork) -> None:
         raise ValueError("its config is of another kind")
     if not all(type(size) is int and size > 0 for size in (*shape, width)):
         raise ValueError("its config is of another kind")
-    if not all(array.dtype == np.float32 for array in params.values()):
+    names = {"mean", "scale", *(f"conv{i}{part}" for i in range(4) for part in ("", "_bias"))}
+    if set(params) != names or not all(array.dtype == np.float32 for array in params.values()):
         raise ValueError("its arrays are of another kind")
 
 
