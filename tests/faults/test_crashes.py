@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -26,7 +27,8 @@ def kill_at(runs, pid, moment, chance, seconds):
         first = 0 if moment == "decoding the cache" else chance.randint(1, runs.child.STEPS - 1)
         runs.wait_for(lambda main, save, sealed, _: stage in (main, save) and sealed >= first - 1)
         time.sleep(chance.random() * 0.004)
-    os.kill(pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_killed_at_random_moments_runs_end_as_if_unbroken(runs, unbroken, assert_unbroken, tally, chance, tmp_path):
@@ -86,7 +88,7 @@ def test_asked_to_stop_a_run_saves_within_its_grace(number, runs, assert_unbroke
     workdir = tmp_path / "run"
 
     def check():
-        pid = runs.start(workdir, save_every=100, pause=0.05)
+        pid = runs.start(workdir, save_every=100, pause=0.5)
         assert runs.wait_for(lambda *_: (workdir / "metrics.jsonl").exists())
         os.kill(pid, number)
         began = time.monotonic()
