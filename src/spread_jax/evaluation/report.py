@@ -82,7 +82,6 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
     folder = Path(run_dir)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     results = _read_results(folder)
-    tables = {k: v for k in ("evaluation", "versions") if isinstance(v := results.get(k), Mapping)}
     parts = {k: results.get(k, config.get(k)) for k in ("experiment", "preset", "seed")}
     title = title or " ".join(
         filter(None, [str(parts["experiment"] or folder.name), str(parts["preset"] or ""),
@@ -93,14 +92,14 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
     numbers = {k: v for k, v in results.items() if k not in _ELSEWHERE}
     if numbers:
         sections["Key numbers"] = _table(numbers)
-    if tables.get("evaluation"):
-        sections["Evaluation"] = _table(tables["evaluation"])
+    if results.get("evaluation"):
+        sections["Evaluation"] = _table(results["evaluation"])
     sections |= _pictures(folder, real_images)
     if speed := {k: results[k] for k in _SPEED if results.get(k) is not None}:
         sections["Speed"] = _table(speed)
     sections["Configuration"] = _table(config)
-    if tables.get("versions"):
-        sections["Versions"] = _table(tables["versions"])
+    if results.get("versions"):
+        sections["Versions"] = _table(results["versions"])
     if not results:
         sections = {"State": "<p>The run is not finished: there are no results yet.</p>"} | sections
 
@@ -114,9 +113,12 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
 def _read_results(folder: Path) -> dict[str, Any]:
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return results if isinstance(results, dict) else {}
+    if not isinstance(results, dict):
+        return {}
+    # Results may come from elsewhere, with anything under the names of the two tables.
+    return {k: v for k, v in results.items() if k not in ("evaluation", "versions") or isinstance(v, Mapping)}
 
 
 # --- pictures
