@@ -217,18 +217,19 @@ def test_files_of_another_configuration_are_refused(runs, unbroken, assert_unbro
 
     def check():
         shutil.copytree(unbroken[0], workdir)
+        (workdir / "results.json").unlink()
         mine = workdir / "checkpoints" / newest
         shutil.move(mine, tmp_path / "mine")
         shutil.copytree(theirs, mine)
         assert runs.run(workdir) == 1
-        assert "holds another model" in runs.said()
+        assert "was saved by a run with other settings" in runs.said()
         assert files_of(mine) == files_of(theirs)  # nothing is done to it
         shutil.rmtree(mine)
         shutil.move(tmp_path / "mine", mine)
         assert runs.run(workdir) == 0, runs.said()
         assert_unbroken(workdir)
 
-    tally("a whole checkpoint of another model", check)
+    tally("a whole checkpoint of another run", check)
 
     def check_settings():
         shutil.copy(other / "config.json", workdir / "config.json")

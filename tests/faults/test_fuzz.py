@@ -299,6 +299,13 @@ def test_forged_seals(tmp_path, tally):
             tally("forged seal", check, checkpointer)
 
         restore()
+        for impl in ("key", "philox2x32", "rbg", 3):  # of other words, or of as many
+            forged = {**content, "leaves": {**content["leaves"], "key": {**content["leaves"]["key"], "impl": impl}}}
+            path.write_text(checkpoint._seal_text({"content": forged, "digest": checkpoint._digest(forged)}))
+            with pytest.raises(CheckpointError):
+                checkpointer.restore(state)
+            for aside in folder.glob("2.unsound*"):
+                os.rename(aside, folder / "2")
         for data in (b"", b"\xff\xfe", DEEP.encode(), b'{"content": {}, "digest": 3}'):
             path.write_bytes(data)
             tally("forged seal", check, checkpointer)

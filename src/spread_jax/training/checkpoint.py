@@ -228,7 +228,12 @@ def _to_leaf(name: str, value: Any, saved: _LeafSpec, wanted: Any) -> Any:
     if saved.kind == "key":
         if placement is None:
             value = jnp.array(value)
-        key = jax.random.wrap_key_data(value, impl=saved.impl)
+        try:
+            key = jax.random.wrap_key_data(value, impl=saved.impl)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"the random key {name!r} cannot be restored: {reason(error)}") from error
+        if key.dtype != wanted.dtype:
+            raise CheckpointError(f"the random key {name!r} is a {key.dtype} where its seal says {saved.dtype}.")
         return key if placement is None else jax.device_put(key, placement)
     if _is_number(wanted):
         return type(wanted)(np.asarray(value).item())
