@@ -6,11 +6,12 @@ PRESET ?= small
 CELEBA ?= celeb_a
 DATA ?=
 PART ?= all
+KILLS ?= 50
 ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help demo train-celeba sample evaluate features runs mnist compare deltas bias manifold pca ica bench bench-gpu profile \
-  bench-ica test test-fast lint format package clean
+  bench-ica chaos test test-fast lint format package clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -69,6 +70,9 @@ profile: $(VENV)/.dev ## A trace of the train step and its ten costliest operati
 
 bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and times; about 8 minutes on 2 cores
 	$(RUN) -m benchmarks.ica $(ARGS)
+
+chaos: $(VENV)/.dev ## Kill, damage and starve KILLS=50 training runs, fuzz the readers; writes docs/benchmarks/faults.md
+	SPREAD_JAX_CHAOS=docs/benchmarks SPREAD_JAX_KILLS=$(KILLS) $(RUN) -m pytest tests/faults $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)

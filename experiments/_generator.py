@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -303,9 +304,17 @@ def saved_config(config: GeneratorConfig, dataset: Dataset) -> dict[str, Any]:
 
 
 def load_config(saved: Mapping[str, Any]) -> tuple[GeneratorConfig, tuple[int, int, int]]:
-    """The training settings and the shape of an image of a saved config; raises KeyError if it is another's."""
-    names = [field.name for field in dataclasses.fields(GeneratorConfig)]
-    return GeneratorConfig(**{name: saved[name] for name in names}), tuple(saved["image_shape"])
+    """The training settings and the shape of an image of a saved config.
+
+    Raises:
+      KeyError, ValueError: it is that of something else.
+      UsageError: its settings cannot work.
+    """
+    config, shape = _launch.config_from(GeneratorConfig, saved), saved["image_shape"]
+    if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n <= 4096 for n in shape):
+        raise ValueError(f"image_shape is {json.dumps(shape)[:60]}")
+    check_config(config, tuple(shape))
+    return config, tuple(shape)
 
 
 def latents(config: GeneratorConfig, num: int = 64) -> jax.Array:
@@ -732,8 +741,10 @@ def train_run(
     """
     model = model_type(config, datasets["train"].image_shape)
     metric, mode = model.best_metric
-    with Checkpointer(run.checkpoints_path, keep=config.keep, best_metric=metric, best_mode=mode) as saver:
-        if run.finished and run.results["steps"] >= config.steps:
+    with Checkpointer(
+        run.checkpoints_path, keep=config.keep, best_metric=metric, best_mode=mode, run=run.identity
+    ) as saver:
+        if _launch.finished_steps(run) >= config.steps:
             state = saver.restore(jax.eval_shape(model.initial_state)).state
             return model, _train.Trained(state, 0.0, None, None)
 

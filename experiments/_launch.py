@@ -12,6 +12,8 @@ import platform
 import subprocess
 import sys
 import time
+import types
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -152,6 +154,46 @@ def run(main: Callable[[], int | None]) -> None:
 
 class UsageError(Exception):
     """A setting that cannot work; the message says what to do."""
+
+
+def config_from(config_type: type[C], saved: Mapping) -> C:
+    """The config that was saved as JSON, and may come from anywhere.
+
+    Raises:
+      KeyError: a setting is missing.
+      ValueError: a setting is of another type than its field.
+    """
+    hints = typing.get_type_hints(config_type)
+    values = {}
+    for field in dataclasses.fields(config_type):
+        value = saved[field.name]
+        if not _is_a(hints[field.name], value):
+            raise ValueError(f"{field.name} is {json.dumps(value)[:60]}")
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return config_type(**values)
+
+
+def _is_a(hint, value) -> bool:
+    kind, parts = typing.get_origin(hint), typing.get_args(hint)
+    if kind is typing.Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if kind in (typing.Union, types.UnionType):
+        return any(_is_a(part, value) for part in parts)
+    if kind is tuple:
+        return isinstance(value, list) and all(_is_a(parts[0], item) for item in value)
+    if hint is int:
+        return type(value) is int and abs(value) < 2**63
+    if hint is float:
+        return type(value) in (int, float) and abs(value) < 1e300
+    return type(value) is hint
+
+
+def finished_steps(run: RunDirectory) -> int:
+    """Steps that the results of a run name; 0 where it is not finished."""
+    steps = (run.results or {}).get("steps", 0)
+    if type(steps) is not int:
+        raise UsageError(f"{run.path / 'results.json'} is damaged: its steps are {json.dumps(steps)[:60]}. Delete it.")
+    return steps
 
 
 def require_at_least(config, minimum: float, *names: str) -> None:

@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
     with RunDirectory.open(
         workdir, _generator.saved_config(config, datasets["train"]), resumable_keys=RESUMABLE
     ) as run:
-        if run.finished and run.results["steps"] >= config.steps:
+        if _launch.finished_steps(run) >= config.steps:
             say(f"{workdir} is finished ({run.results['steps']} steps); raise --steps to go on.")
             _launch.print_result(run.results)
             return 0

@@ -108,10 +108,10 @@ def open_data(config: Config, model: Model, saved: dict) -> tuple[Dataset, Datas
         **({"progress": _launch.silent} if config.quiet else {}),
     )
     train, test = open_split("train"), open_split("test")
-    if train.fingerprint != saved["data_fingerprint"]:
+    if train.fingerprint != saved.get("data_fingerprint"):
         raise _launch.UsageError(
             f"{train.source} is not what the run was trained on: its pixels have the fingerprint {train.fingerprint}, "
-            f"the run's {saved['data_fingerprint']}. Pass the run's data with --data."
+            f"the run's {saved.get('data_fingerprint')}. Pass the run's data with --data."
         )
     _scores.require_enough(train, test)
     return train, test

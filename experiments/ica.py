@@ -473,7 +473,7 @@ def draw_time(config: Config, curves: list[dict], path: Path) -> None:
 def overcomplete(config: Config, run, say) -> dict:
     """Gibbs natural gradient for X < Z over several data sets."""
     done = [dict(record) for record in run.read_metrics()]
-    cosines = np.load(run.path / "cosines.npy").tolist() if done else []
+    cosines = np.load(run.path / "cosines.npy", allow_pickle=False).tolist() if done else []
     for index in range(len(done), config.runs):
         x, truth = data_set((config.seed, 2, index), config.num_examples, config.dimensions, config.sources, 0.0)
         began = time.perf_counter()

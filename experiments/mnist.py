@@ -233,7 +233,7 @@ def train_noise(config: Config, workdir: Path, datasets: dict, say: Callable) ->
     with RunDirectory.open(workdir / config.noise, saved, resumable_keys=set(RESUMABLE) - {"noise"}) as run:
         model, trained = _generator.train_run(config, run, datasets, say=say, model_type=Model)
         state = trained.state
-        if run.finished and run.results["steps"] >= config.steps:
+        if _launch.finished_steps(run) >= config.steps:
             say(f"{run.path} is finished ({run.results['steps']} steps).")
             return model, state, run.results, run.read_metrics()
         held_out = model.held_out(state, datasets["test"], _generator.evaluation_key(config))
@@ -345,8 +345,9 @@ def main(argv: list[str] | None = None) -> int:
     workdir = Path(config.workdir or _generator.default_workdir(usual, "mnist"))
     saved = _generator.saved_config(config, datasets["train"])
     with RunDirectory.open(workdir, saved, resumable_keys=RESUMABLE, tensorboard=False) as run:
-        done = run.results["noises"] if run.finished else {}
-        if all(kind in done and done[kind]["steps"] >= config.steps for kind in kinds):
+        done = (run.results or {}).get("noises")
+        steps_of = lambda kind: done[kind].get("steps", 0) if isinstance(done.get(kind), dict) else 0
+        if isinstance(done, dict) and all(steps_of(kind) >= config.steps for kind in kinds):
             say(f"{workdir} is finished ({', '.join(kinds)}); raise --steps to go on.")
             _launch.print_result(run.results)
             return 0

@@ -45,10 +45,11 @@ def describe(folder: Path, root: Path) -> tuple[str, ...]:
     results = _read(folder / "results.json")
     step = results.get("steps") or _last_step(folder / "metrics.jsonl")
     found = [f"{label} {value:.4g}" for name, label in _NUMBERS.items()
-             if isinstance(value := _value(results, name), (int, float))]  # fmt: skip
+             if isinstance(value := _value(results, name), (int, float)) and abs(value) < 1e300]  # fmt: skip
     preset = f"{config.get('preset', 'no preset')}, seed {config.get('seed', '?')}"
-    written = max(p.stat().st_mtime for p in folder.iterdir() if p.is_file())
-    return (
+    files = (path.stat().st_mtime for path in folder.iterdir() if path.is_file())
+    written = max(files, default=folder.stat().st_mtime)
+    row = (
         str(folder.relative_to(root)) if folder != root else folder.name,
         "finished" if results else "unfinished",
         str(step or ""),
@@ -56,6 +57,8 @@ def describe(folder: Path, root: Path) -> tuple[str, ...]:
         datetime.fromtimestamp(written).isoformat(sep=" ", timespec="minutes"),
         ", ".join(found[:3]),
     )
+    # A run from elsewhere may be named anything, escape sequences of the terminal too.
+    return tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row)
 
 
 def find(root: Path) -> list[tuple[str, ...]]:
@@ -69,8 +72,8 @@ def find(root: Path) -> list[tuple[str, ...]]:
 
 def _read(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -86,7 +89,7 @@ def _last_step(path: Path) -> int | None:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
         return int(json.loads(lines[-1])["step"])
-    except (OSError, ValueError, IndexError, KeyError, TypeError):
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 

@@ -51,13 +51,26 @@ def load_run(run: Path, step: int | None = None) -> tuple[Model, AlternatingStat
             "and pass the folder it prints."
         )
     try:
-        model = Model(*load_config(json.loads(config_path.read_text())))
-    except (ValueError, KeyError, TypeError) as error:
+        config, image_shape = load_config(json.loads(config_path.read_text(encoding="utf-8")))
+        model = Model(config, image_shape)
+        abstract_state = jax.eval_shape(model.initial_state)
+    except OSError as error:
+        raise _launch.UsageError(f"{config_path} cannot be read: {error.strerror or error}.") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+        _launch.UsageError,
+    ) as error:
+        problem = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0].rstrip(".")
         raise _launch.UsageError(
-            f"{config_path} is not the config of a run that trains a generator: {error}."
+            f"{config_path} is not the config of a run that trains a generator: {problem}."
         ) from None
     with Checkpointer(run / "checkpoints") as checkpointer:
-        restored = checkpointer.restore(jax.eval_shape(model.initial_state), step=step)
+        restored = checkpointer.restore(abstract_state, step=step)
         if restored is None:
             raise _launch.UsageError(f"{run} has no checkpoint yet: train it for longer, or name another run.")
     return model, restored.state

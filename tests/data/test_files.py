@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from spread_jax.data import DatasetError, open_dataset
+from spread_jax.data import DatasetError, files, open_dataset
 from spread_jax.data.files import assign_splits, list_folder, list_zip
 
 
@@ -157,9 +157,11 @@ def test_zip_members_that_point_outside(tmp_path, picture, name):
         open_dataset(path)
 
 
-def test_a_zip_bomb(tmp_path):
-    path = make_zip(tmp_path / "bomb.zip", {"0.png": bytes(257 * 1024 * 1024)})
-    with pytest.raises(DatasetError, match=r"0\.png of .* unpacks to 269,484,032 bytes"):
+def test_a_member_too_large_for_an_image(tmp_path, monkeypatch):
+    assert files.MAX_BYTES == 256 * 1024 * 1024
+    monkeypatch.setattr(files, "MAX_BYTES", 5000)
+    path = make_zip(tmp_path / "large.zip", {"0.png": bytes(5001)})
+    with pytest.raises(DatasetError, match=r"0\.png of .* unpacks to 5,001 bytes"):
         open_dataset(path)
 
 

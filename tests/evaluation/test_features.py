@@ -106,7 +106,14 @@ def test_a_file_comes_back_and_a_damaged_one_is_refused(network, faces, tmp_path
     (tmp_path / "torn.npz").write_bytes(path.read_bytes()[:1000])
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", config=np.array([{}], dtype=object))
-    for name in ("torn.npz", "other.npz", "pickle.npz"):
+    np.savez_compressed(tmp_path / "packed.npz", **arrays)  # may unpack to anything
+    for key, value in (("width", "4"), ("image_shape", [32, 32]), ("data", None), ("image_shape", 3)):
+        odd = np.array(json.dumps({**network.config, key: value}))
+        np.savez(tmp_path / f"{key}-{value}.npz", **{**arrays, "config": odd})
+    np.savez(tmp_path / "deep.npz", **{**arrays, "config": np.array("[" * 50_000)})
+    np.savez(tmp_path / "double.npz", **{**arrays, "param:mean": arrays["param:mean"].astype(np.float64)})
+    (tmp_path / "changed.npz").unlink()
+    for name in sorted({p.name for p in tmp_path.iterdir()} - {"features.npz"}):
         with pytest.raises(FeaturesError, match="is not a file of features, or is damaged"):
             FeatureNetwork.load(tmp_path / name)
     with pytest.raises(FeaturesError, match=r"no file of features at .*experiments\.features"):

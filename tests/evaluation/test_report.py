@@ -133,6 +133,11 @@ def test_what_is_shown_is_escaped(run):
     assert NASTY in page.text
 
 
+def test_results_from_elsewhere_may_be_of_any_type(run):
+    (run / "results.json").write_text(json.dumps({"evaluation": "good", "versions": [1], "seed": {"a": 1}}))
+    assert "Configuration" in write_report(run).read_text()
+
+
 def test_real_images_are_left_out_when_asked(run):
     page = Page(write_report(run, real_images=False))
     found = levels(page)

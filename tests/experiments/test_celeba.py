@@ -159,11 +159,11 @@ def test_a_finished_run_says_so_and_runs_longer_when_asked(unbroken, shared, tmp
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_run_ends_as_if_unbroken(unbroken, shared, tmp_path):
-    """kill -9 during compilation, steps and saves; every restart goes on from what was sealed."""
+    """kill -9 and a restart, as tests/faults do it many times with a small model."""
     chance = random.Random(0)
     workdir = tmp_path / "run"
     resumed = 0
-    for _ in range(int(os.environ.get("SPREAD_JAX_KILLS", "4"))):
+    for _ in range(int(os.environ.get("SPREAD_JAX_KILLS", "1"))):
         process = start(shared, workdir, save_every=1)
         deadline = time.monotonic() + 120
         before = len(list(workdir.glob("checkpoints/*")))

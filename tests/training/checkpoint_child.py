@@ -1,69 +1,15 @@
-"""Processes that save checkpoints and die; run by test_checkpoint.py with the name of a role."""
+"""One of several processes that share a checkpoint folder; run by test_checkpoint.py with the name of a role."""
 
 from __future__ import annotations
 
-import itertools
 import os
-import shutil
-import signal
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
 from spread_jax.training import checkpoint
-
-
-def state_at(step: int) -> dict:
-    """A state that only its step determines."""
-    random = np.random.default_rng(step)
-    return {
-        "params": {
-            "w": jnp.asarray(random.normal(size=(64, 32)).astype(np.float32)),
-            "b": jnp.asarray(random.integers(0, 255, 257).astype(np.uint8)),
-        },
-        "key": jax.random.wrap_key_data(np.array([0, step], np.uint32), impl="threefry2x32"),
-        "step": step,
-    }
-
-
-def die(*_, **__) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def save_for_ever(directory: str) -> None:
-    """Announces every step that is sealed, on a line of its own, until it is killed."""
-    with checkpoint.Checkpointer(directory, keep=2) as checkpointer:
-        found = checkpointer.restore(state_at(0))
-        for step in itertools.count(0 if found is None else found.step + 1):
-            checkpointer.save(step, state_at(step))  # returns once the step before is sealed
-            print(step - 1, flush=True)
-
-
-def die_at(stage: str, directory: str) -> None:
-    """Saves steps 1 and 2, and is killed at a stage of saving step 3."""
-    with checkpoint.Checkpointer(directory, keep=1, asynchronous=False) as checkpointer:
-        checkpointer.save(1, state_at(1))
-        checkpointer.save(2, state_at(2))
-        if stage == "deletion":
-
-            def half_delete(path, *_, **__):
-                # Everything but the seal is gone, the worst half.
-                for name in checkpoint._files(path):
-                    os.remove(os.path.join(path, name))
-                die()
-
-            shutil.rmtree = half_delete
-        elif stage == "seal":
-            checkpoint._write_seal = die
-        elif stage == "rename":
-            os.rename = die
-        elif stage == "commit":
-            checkpointer._orbax.wait_until_finished = die
-        checkpointer.save(3, state_at(3))
-        raise SystemExit("survived")
 
 
 def one_of_two(process: str, port: str, directory: str) -> None:
@@ -98,4 +44,4 @@ def one_of_two(process: str, port: str, directory: str) -> None:
 
 
 if __name__ == "__main__":
-    {"save": save_for_ever, "die": die_at, "pair": one_of_two}[sys.argv[1]](*sys.argv[2:])
+    {"pair": one_of_two}[sys.argv[1]](*sys.argv[2:])

@@ -101,6 +101,17 @@ def test_resumable_keys_may_change_and_are_updated(tmp_path):
         assert json.loads((tmp_path / "config.json").read_text()) == changed
 
 
+def test_the_identity_is_that_of_what_cannot_change(tmp_path):
+    same = [CONFIG, {**CONFIG, "steps": 7}, {**CONFIG, "seed": 0.0}]
+    other = [{**CONFIG, "seed": 1}, {**CONFIG, "model": {"width": 64, "scales": (0.5, 2.0)}}, {**CONFIG, "more": None}]
+    found = []
+    for number, config in enumerate((*same, *other)):
+        with open_run(tmp_path / str(number), config) as run:
+            found.append(run.identity)
+    assert len(set(found[:3])) == 1
+    assert len(set(found)) == 1 + len(other)
+
+
 @pytest.mark.parametrize("text", ["", '{"seed": 0,', "[1]", "\0\0\0"])
 def test_a_damaged_config_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)

@@ -18,6 +18,7 @@ import numpy as np
 from spread_jax.data.errors import DatasetError
 from spread_jax.data.progress import Progress
 from spread_jax.data.source import Source, digest
+from spread_jax.data.stall import watched
 
 try:
     import fcntl
@@ -157,14 +158,14 @@ class _Entry:
                 if (self.path / name).stat().st_size != size:
                     return None
             pixels = str(meta["pixels"])
-            images = np.load(self.path / "images.npy", mmap_mode="r")
+            images = np.load(self.path / "images.npy", mmap_mode="r", allow_pickle=False)
             labels = None
             if "labels.npy" in meta["files"]:
-                labels = np.load(self.path / "labels.npy")
+                labels = np.load(self.path / "labels.npy", allow_pickle=False)
                 labels.flags.writeable = False
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, OverflowError):
             return None
-        if images.shape != self._shape or images.dtype != np.uint8:
+        if not isinstance(images, np.ndarray) or images.shape != self._shape or images.dtype != np.uint8:
             return None
         if labels is not None and labels.shape != self._shape[:1]:
             return None
@@ -213,7 +214,7 @@ class _Entry:
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, count, step):
                 stop = min(start + step, count)
-                block = self._source.read(start, stop)
+                block = watched(self._source.description, self._source.read, start, stop)
                 if block.images.shape != (stop - start, *self._shape[1:]):
                     raise DatasetError(
                         f"{self._source.description} gave images of shape {block.images.shape} "

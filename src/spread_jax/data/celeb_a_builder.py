@@ -98,7 +98,10 @@ def _read_attributes(path: Path) -> dict[str, dict[str, bool]] | None:
     """A count, a line of names, then per file its name and 1 or -1 for each attribute."""
     if not path.is_file():
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"{path} cannot be read ({error}).") from error
     if len(lines) < 3:
         raise DatasetError(f"{path} has only {len(lines)} lines: fetch it again.")
     names, table = lines[1].split(), {}
@@ -111,4 +114,6 @@ def _read_attributes(path: Path) -> dict[str, dict[str, bool]] | None:
                 f"Line {number} of {path} is not a file name and {len(names)} times 1 or -1: fetch the list again."
             )
         table[fields[0]] = {n: f == "1" for n, f in zip(names, fields[1:], strict=True)}
+    if not table or not names:
+        raise DatasetError(f"{path} names no attributes of any file: fetch it again.")
     return table

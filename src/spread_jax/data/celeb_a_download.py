@@ -14,6 +14,7 @@ from spread_jax._network import why_unreachable
 from spread_jax.data import tfds_directory
 from spread_jax.data.celeb_a import ARCHIVE, PARTITION
 from spread_jax.data.errors import DatasetError
+from spread_jax.data.stall import reading
 
 _HOST = "drive.usercontent.google.com"
 # The authors' files: id on Google Drive, MD5.
@@ -72,6 +73,7 @@ def _fetch(drive_id: str, md5: str, target: Path) -> None:
             open(partial, "wb") as file,
         ):
             while chunk := reply.read(1 << 20):
+                reading(target)
                 if file.tell() == 0:
                     _refuse_page(chunk, target)
                 digest.update(chunk)

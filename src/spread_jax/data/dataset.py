@@ -17,6 +17,7 @@ from spread_jax.data.files import SPLITS, assign_splits, files_source, listed
 from spread_jax.data.images import Transform
 from spread_jax.data.progress import Progress, default_progress
 from spread_jax.data.source import Source
+from spread_jax.data.stall import watched
 
 NAMES = ("faces", "digits", "celeb_a", "mnist")
 
@@ -118,7 +119,8 @@ def open_dataset(
 
     Raises:
         DatasetError: anything about the arguments, the files or the disk that keeps it from being
-            opened; the message says what to do.
+            opened; the message says what to do. A read that takes longer than
+            $SPREAD_JAX_READ_TIMEOUT seconds (300) is one, with the file's name.
 
     Example:
         >>> import tempfile
@@ -129,7 +131,11 @@ def open_dataset(
     """
     _check_arguments(split, image_size=image_size, crop=crop, channels=channels, most=max_examples)
     name = os.fspath(name_or_path)
-    source = _find_source(name, split, image_size, crop, channels)
+    try:
+        source = watched(name, _find_source, name, split, image_size, crop, channels)
+    except OSError as error:
+        where = error.filename or repr(name)
+        raise DatasetError(f"{where} cannot be read ({error.strerror or error}).") from error
     try:
         if source.num_examples == 0:
             raise DatasetError(
@@ -173,7 +179,10 @@ def _find_source(name: str, split: str, image_size: int | None, crop: int | None
     if name == "mnist" and not Path(name).exists():
         return tfds_directory.tfds_source(tfds_directory.locate("mnist"), *arguments)
 
-    path = Path(name).expanduser()
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError as error:
+        raise DatasetError(f"{name!r} cannot be read ({error}).") from error
     if not name or not path.exists():
         raise DatasetError(
             f"{name!r} is neither a data set's name ({', '.join(NAMES)}) nor a path that exists "
@@ -187,6 +196,8 @@ def _find_source(name: str, split: str, image_size: int | None, crop: int | None
         return celeb_a.official_source(path, *arguments)
     if idx.is_idx_path(path):
         return idx.idx_source(path, *arguments)
+    if not path.is_dir() and not path.is_file():  # a pipe, say, which would be waited for
+        raise DatasetError(f"{path} is neither a file nor a folder: pass a folder or zip of images.")
     if path.is_file() and not _looks_like_zip(path):
         raise DatasetError(
             f"{path} is a single file that is neither a zip nor in the idx format: pass a folder or zip of images."

@@ -9,7 +9,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -22,9 +22,11 @@ from spread_jax.data.images import (
     Transform,
     decode_image,
     quiet_pillow,
+    refuse_bomb,
     require_pillow,
 )
 from spread_jax.data.source import Block, Source, digest
+from spread_jax.data.stall import reading
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_FOLDERS = {
@@ -54,6 +56,7 @@ def list_folder(path: Path) -> Listing:
     root = path.resolve()
     stamps = {}
     for name, file in _walk(root, root, "", frozenset()):
+        reading(file)
         status = file.stat()
         stamps[name] = f"{status.st_size} {status.st_mtime_ns}"
         if status.st_size > MAX_BYTES:
@@ -71,6 +74,7 @@ def list_folder(path: Path) -> Listing:
 
 
 def _walk(root: Path, folder: Path, prefix: str, above: frozenset[Path]) -> Iterator[tuple[str, Path]]:
+    reading(folder)
     above = above | {folder.resolve()}
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -130,14 +134,17 @@ def list_zip(path: Path) -> Listing:
         raise DatasetError(f"{path} cannot be read ({error.strerror or error}).") from error
     try:
         stamps = _zip_members(path, archive)
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
     except BaseException:
         archive.close()
         raise
 
     def read(name: str) -> bytes:
         try:
-            return archive.read(name)
-        except (zipfile.BadZipFile, EOFError, zlib.error, OSError, NotImplementedError) as error:
+            # At most what the member announces: `archive.read` first unpacks all there is, then looks.
+            with archive.open(name) as member:
+                return member.read(sizes[name])
+        except (zipfile.BadZipFile, EOFError, ValueError, zlib.error, OSError, NotImplementedError) as error:
             raise DatasetError(
                 f"The member {name} of {path} cannot be read ({error}): the zip is damaged; fetch it again."
             ) from error
@@ -147,6 +154,7 @@ def list_zip(path: Path) -> Listing:
 
 def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
     stamps = {}
+    unpacked = 0
     for info in archive.infolist():
         name = info.filename
         parts = name.replace("\\", "/").split("/")
@@ -163,11 +171,18 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
             raise DatasetError(
                 f"The member {name} of {path} unpacks to {info.file_size:,} bytes: too large for an image."
             )
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise DatasetError(
+                f"The member {name} of {path} is packed in a way that is not read here: make the zip again with the "
+                "usual deflate."
+            )
+        unpacked += info.file_size
         if name in stamps:
             raise DatasetError(f"{path} has two members named {name}: make it again.")
         stamps[name] = f"{info.file_size} {info.CRC:08x}"
     if not stamps:
         raise DatasetError(_nothing_found(path, "zip"))
+    refuse_bomb(path, path.stat().st_size, unpacked)
     return dict(sorted(stamps.items()))
 
 
@@ -250,17 +265,25 @@ def files_source(
 ) -> Source:
     """The source that decodes these files of a listing, in this order, in several threads."""
     require_pillow()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "spread_jax-decode")
+    pools: list[ThreadPool] = []  # made at the first read; its threads do not keep a process alive
 
     def decode(file: str) -> np.ndarray:
         return decode_image(listing.read(file), transform, f"{listing.path}/{file}")
 
     def read(start: int, stop: int) -> Block:
+        if not pools:
+            pools.append(ThreadPool(min(8, os.cpu_count() or 1)))
+        images = []
         with quiet_pillow():
-            return Block(np.stack(list(pool.map(decode, names[start:stop]))))
+            decoded = pools[0].imap(decode, names[start:stop])
+            for file in names[start:stop]:
+                reading(f"{listing.path}/{file}")
+                images.append(next(decoded))
+        return Block(np.stack(images))
 
     def close() -> None:
-        pool.shutdown(cancel_futures=True)
+        for pool in pools:
+            pool.terminate()  # waits for no thread: one may be stalled
         listing.close()
 
     stamps = (f"{file} {listing.stamps[file]}" for file in names)

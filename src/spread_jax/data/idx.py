@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import math
 import os
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from spread_jax.data.errors import DatasetError
-from spread_jax.data.images import Transform, transform_array
+from spread_jax.data.images import Transform, refuse_bomb, transform_array
 from spread_jax.data.source import Block, Source, digest
+from spread_jax.data.stall import reading
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_MAX_AXES = 32
+_MAX_DEFLATE = 1040  # times, the most that gzip can shrink
+_CHUNK = 16 * 1024 * 1024
 _FILE_SPLITS = {"train": "train", "validation": "train", "test": "t10k"}
 
 
@@ -40,42 +47,58 @@ def read_idx(path: str | os.PathLike) -> np.ndarray:
         >>> read_idx(path).tolist()
         [7, 9]
     """
-    data = _read_bytes(Path(path))
-    if len(data) < 4 or data[:2] != b"\0\0" or data[2] not in _TYPES or data[3] == 0:
-        raise DatasetError(
-            f"{path} is not an idx file: it begins with the bytes {data[:4].hex(' ')!r} where "
-            "00 00, a type code and the number of axes are expected."
-        )
-    dtype, axes = np.dtype(_TYPES[data[2]]), data[3]
-    offset = 4 + 4 * axes
-    if len(data) < offset:
-        raise DatasetError(f"{path} ends inside its header of {offset} bytes: fetch it again.")
-    shape = tuple(int(n) for n in np.frombuffer(data, ">u4", axes, 4))
-    expected = offset + dtype.itemsize * _product(shape)
-    if len(data) != expected:
-        raise DatasetError(
-            f"{path} holds {len(data):,} bytes, but its header, with shape {shape}, promises "
-            f"{expected:,}: the file is truncated or damaged; fetch it again."
-        )
-    values = np.frombuffer(data, dtype, offset=offset).reshape(shape)
-    return values.astype(dtype.newbyteorder("="), copy=False)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
-
-
-def _read_bytes(path: Path) -> bytes:
+    path = Path(path)
     try:
-        data = path.read_bytes()
-        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+        if not path.is_file():
+            raise DatasetError(f"{path} is not a file.")
+        packed = path.stat().st_size
+        with open(path, "rb") as file:
+            zipped = file.peek(2)[:2] == b"\x1f\x8b"
+            with gzip.open(file) if zipped else contextlib.nullcontext(file) as stream:
+                return _read_idx(path, stream, packed, zipped=zipped)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DatasetError(f"{path} is a damaged or truncated gzip file ({error}): fetch it again.") from error
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror or error}).") from error
+
+
+def _read_idx(path: Path, stream: BinaryIO, packed: int, *, zipped: bool) -> np.ndarray:
+    """The header first: no more is read, or made room for, than it promises and the file can hold."""
+    start = stream.read(4)
+    if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _TYPES or not 0 < start[3] <= _MAX_AXES:
+        raise DatasetError(
+            f"{path} is not an idx file: it begins with the bytes {start.hex(' ')!r} where 00 00, a type code and the "
+            f"number of axes, at most {_MAX_AXES}, are expected."
+        )
+    dtype, axes = np.dtype(_TYPES[start[2]]), start[3]
+    header = stream.read(4 * axes)
+    offset = 4 + 4 * axes
+    if len(header) < 4 * axes:
+        raise DatasetError(f"{path} ends inside its header of {offset} bytes: fetch it again.")
+    shape = tuple(int(n) for n in np.frombuffer(header, ">u4"))
+    expected = offset + dtype.itemsize * math.prod(shape)
+    data = bytearray()
+    if expected - offset <= (_MAX_DEFLATE * packed if zipped else packed):
+        if zipped:
+            refuse_bomb(path, packed, expected)
+        while len(data) <= expected - offset:  # one byte more would show that there is more
+            reading(path)
+            chunk = stream.read(min(_CHUNK, expected - offset + 1 - len(data)))
+            if not chunk:
+                break
+            data += chunk
+    if offset + len(data) != expected:
+        more = len(data) > expected - offset
+        held = "more" if zipped and more else "fewer bytes" if zipped else f"{packed:,} bytes"
+        raise DatasetError(
+            f"{path} holds {held}, but its header, with shape {shape}, promises {expected:,}: the file is truncated or "
+            "damaged; fetch it again."
+        )
+    try:
+        values = np.frombuffer(data, dtype).reshape(shape)
+    except ValueError as error:  # sizes beyond what an array can have, beside a size of 0
+        raise DatasetError(f"{path} has a header with the impossible shape {shape}: fetch it again.") from error
+    return values.astype(dtype.newbyteorder("="), copy=False)
 
 
 def is_idx_path(path: Path) -> bool:

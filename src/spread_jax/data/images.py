@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from PIL import Image
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
+# Only these are decoded, whatever a file's name: others hand the file to programs outside, as EPS does to Ghostscript.
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 256 * 1024 * 1024
+_MAX_RATIO = 200
+_ALWAYS_ALLOWED = 1024 * 1024 * 1024
 
 
 class Transform(NamedTuple):
@@ -30,6 +34,19 @@ class Transform(NamedTuple):
     def __str__(self) -> str:
         crop = "square" if self.crop is None else self.crop
         return f"{self.image_size}x{self.image_size}x{self.channels} crop {crop}"
+
+
+def refuse_bomb(name: object, packed: int, unpacked: int) -> None:
+    """Refuse what unpacks to over a gigabyte and 200 times its size: pictures do not.
+
+    Raises:
+        DatasetError: it does.
+    """
+    if unpacked > max(_ALWAYS_ALLOWED, _MAX_RATIO * packed):
+        raise DatasetError(
+            f"{name} holds {packed:,} bytes and unpacks to {unpacked:,}, over {_MAX_RATIO} times as many: it looks "
+            "like a decompression bomb; unpack it yourself if you trust it."
+        )
 
 
 def require_pillow() -> None:
@@ -83,7 +100,7 @@ def decode_image(encoded: bytes, transform: Transform, name: str) -> np.ndarray:
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DatasetError(
                     f"{name} is {image.width}x{image.height} pixels, more than the "
@@ -96,8 +113,8 @@ def decode_image(encoded: bytes, transform: Transform, name: str) -> np.ndarray:
         raise
     except Image.DecompressionBombError as error:
         raise DatasetError(f"{name} is too large to be decoded safely: {error}") from error
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise DatasetError(f"{name} needs more memory than there is: shrink or remove it.") from error
     except Exception as error:  # Pillow's plugins raise almost anything on damaged files.
         raise DatasetError(
             f"{name} cannot be decoded as an image ({_reason(error, encoded)}): replace or remove the file."

@@ -11,6 +11,7 @@ import numpy as np
 
 from spread_jax.data.dataset import Dataset
 from spread_jax.data.errors import DatasetError
+from spread_jax.data.stall import read_timeout, stalled
 
 
 class Loader:
@@ -132,6 +133,9 @@ class Loader:
 
         One thread prepares up to `prefetch` batches ahead. An exception in it is raised here, and
         closing or dropping the iterator ends it.
+
+        Raises:
+            DatasetError: a batch took longer than $SPREAD_JAX_READ_TIMEOUT seconds (300); not seen without a thread.
         """
         if self.prefetch == 0:
             step = start_step
@@ -141,6 +145,7 @@ class Loader:
 
         ready: queue.Queue = queue.Queue(maxsize=self.prefetch)
         stopped = threading.Event()
+        seconds = read_timeout()
 
         def put(item: tuple) -> None:
             while not stopped.is_set():
@@ -160,15 +165,22 @@ class Loader:
 
         thread = threading.Thread(target=work, name="spread_jax-loader", daemon=True)
         thread.start()
+        stuck = False
         try:
             while True:
-                step, batch, error = ready.get()
+                try:
+                    step, batch, error = ready.get(timeout=seconds)
+                except queue.Empty:
+                    stuck = True
+                    file = getattr(self.dataset.images, "filename", None) or self.dataset.source
+                    raise stalled(file, seconds) from None
                 if error is not None:
                     raise error
                 yield step, batch
         finally:
             stopped.set()
-            thread.join()
+            if not stuck:
+                thread.join()
 
     def _host_indices(self, step: int) -> np.ndarray:
         return self.indices(step)[self.host_index :: self.host_count]

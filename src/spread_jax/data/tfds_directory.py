@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -70,6 +71,33 @@ def locate(name: str) -> Path:
     return found
 
 
+def _refuse_foreign_code(path: Path) -> None:
+    """TFDS imports whatever module a set's features name: only its own may be named.
+
+    Raises:
+        DatasetError: another is, or the file cannot be read.
+    """
+    try:
+        waiting = [json.loads((path / "features.json").read_text(encoding="utf-8"))]
+    except (OSError, ValueError, RecursionError) as error:
+        raise DatasetError(
+            f"The metadata in {path} cannot be read ({type(error).__name__}: {error}): prepare the set again."
+        ) from error
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, dict):
+            for key in ("pythonClassName", "python_class_name", "type"):
+                name = found.get(key)
+                if isinstance(name, str) and "." in name and not name.startswith("tensorflow_datasets."):
+                    raise DatasetError(
+                        f"{path / 'features.json'} names the class {name}, which is not one of tensorflow_datasets: "
+                        "reading it would import that code; prepare the set again with features of tensorflow_datasets."
+                    )
+            waiting.extend(found.values())
+        elif isinstance(found, list):
+            waiting.extend(found)
+
+
 def tfds_source(path: Path, split: str, image_size: int | None, crop: int | None, channels: int | None) -> Source:
     """A split of a prepared TFDS folder whose examples have a feature `image`.
 
@@ -80,6 +108,7 @@ def tfds_source(path: Path, split: str, image_size: int | None, crop: int | None
     """
     require_pillow()
     tfds = import_tfds()
+    _refuse_foreign_code(path)
     try:
         builder = tfds.builder_from_directory(os.fspath(path))
         features, splits = builder.info.features, builder.info.splits

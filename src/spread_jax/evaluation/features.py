@@ -15,9 +15,10 @@ import math
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -117,17 +118,43 @@ class FeatureNetwork:
         make = "Make one with `python -m experiments.features`."
         try:
             with open(path, "rb") as file:
+                _refuse_bomb(file)
                 arrays = dict(np.load(file, allow_pickle=False))
             params = {n.removeprefix("param:"): array for n, array in arrays.items() if n.startswith("param:")}
             network = cls(params, json.loads(str(arrays["config"])))
+            _check_network(network)
             saved = str(arrays["fingerprint"])
         except FileNotFoundError:
             raise FeaturesError(f"There is no file of features at {path}. {make}") from None
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, NotImplementedError, MemoryError,
+            OverflowError, zlib.error, zipfile.BadZipFile,
+        ) as error:  # fmt: skip
             raise FeaturesError(f"{path} is not a file of features, or is damaged ({error}). {make}") from None
         if network.fingerprint != saved:
             raise FeaturesError(f"{path} is damaged: it does not have the fingerprint {saved} that it names. {make}")
         return network
+
+
+def _refuse_bomb(file: BinaryIO) -> None:
+    """A file of a few bytes that unpacks to gigabytes is none of ours: weights hardly shrink, and are not packed."""
+    with zipfile.ZipFile(file) as archive:
+        if any(member.file_size > member.compress_size for member in archive.infolist()):
+            raise ValueError("its arrays are packed")
+    file.seek(0)
+
+
+def _check_network(network: FeatureNetwork) -> None:
+    """Raises ValueError, KeyError or TypeError where the config or the arrays are not those of a network."""
+    config, params = network.config, network.params
+    shape, width = config["image_shape"], config["width"]
+    if not isinstance(config["data"], str) or type(width) is not int or len(shape) != 3:
+        raise ValueError("its config is of another kind")
+    if not all(type(size) is int and size > 0 for size in (*shape, width)):
+        raise ValueError("its config is of another kind")
+    names = {"mean", "scale", *(f"conv{i}{part}" for i in range(4) for part in ("", "_bias"))}
+    if set(params) != names or not all(array.dtype == np.float32 for array in params.values()):
+        raise ValueError("its arrays are of another kind")
 
 
 def train_features(

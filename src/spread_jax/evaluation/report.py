@@ -117,9 +117,12 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
 def _read_results(folder: Path) -> dict[str, Any]:
     try:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
-    return results if isinstance(results, dict) else {}
+    if not isinstance(results, dict):
+        return {}
+    # Results may come from elsewhere, with anything under the names of the two tables.
+    return {k: v for k, v in results.items() if k not in ("evaluation", "versions") or isinstance(v, Mapping)}
 
 
 # --- pictures
@@ -181,7 +184,7 @@ def _embed(path: Path, pixels: bool) -> tuple[str, tuple[int, int]]:
     """A data URL and the size; grids of images become JPEG, a fifth of the bytes."""
     from PIL import Image
 
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         size = image.size
         if pixels:
             buffer = io.BytesIO()

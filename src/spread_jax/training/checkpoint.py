@@ -10,7 +10,8 @@ A step goes through these names in the checkpoint folder, each reached by one at
     40.unsound     no longer matches its seal: set aside by ``restore``, never deleted
 
 so a process that is killed at any moment leaves the last sealed step as it was. Nothing is
-pickled.
+pickled or unpickled: a step holds JSON and arrays of numbers, and none of its files runs code. The
+seal shows damage; it is no signature, and whoever can write to the folder can write a seal.
 
 Several processes may share one checkpoint folder (on a shared file system): all of them call
 ``save``, ``wait`` and ``restore`` in the same order, each writes its own shards, and process 0
@@ -30,6 +31,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -94,13 +96,21 @@ class _LeafSpec:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> _LeafSpec:
         stored = fields.get("stored_shape")
-        return cls(
+        spec = cls(
             kind=fields["kind"],
             dtype=fields["dtype"],
             shape=tuple(fields["shape"]),
             impl=fields.get("impl"),
             stored_shape=None if stored is None else tuple(stored),
         )
+        # Of another writer than this module: whatever follows may rely on these.
+        texts = (spec.kind, spec.dtype, spec.impl if spec.kind == "key" else "")
+        sizes = (*spec.shape, *(spec.stored_shape or ()))
+        if spec.kind not in ("array", "key", "number") or not all(isinstance(text, str) for text in texts):
+            raise ValueError("a leaf is of no known kind")
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError("a leaf has an impossible shape")
+        return spec
 
     @property
     def array_shape(self) -> tuple[int, ...]:
@@ -206,13 +216,24 @@ def _check_fit(saved: Mapping[str, _LeafSpec], wanted: Mapping[str, _LeafSpec], 
         )
 
 
+def _holds(value: Any, spec: _LeafSpec) -> bool:
+    """Whether a stored array is what the seal says; it is, unless another program wrote the seal."""
+    dtype = np.dtype(np.uint32) if spec.kind == "key" else np.dtype(spec.dtype)
+    return tuple(np.shape(value)) == spec.array_shape and np.dtype(value.dtype) == dtype
+
+
 def _to_leaf(name: str, value: Any, saved: _LeafSpec, wanted: Any) -> Any:
     """Turns the stored array into a leaf of the type, dtype and placement of ``wanted``."""
     placement = _placement(wanted)
     if saved.kind == "key":
         if placement is None:
             value = jnp.array(value)
-        key = jax.random.wrap_key_data(value, impl=saved.impl)
+        try:
+            key = jax.random.wrap_key_data(value, impl=saved.impl)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"the random key {name!r} cannot be restored: {reason(error)}") from error
+        if key.dtype != wanted.dtype:
+            raise CheckpointError(f"the random key {name!r} is a {key.dtype} where its seal says {saved.dtype}.")
         return key if placement is None else jax.device_put(key, placement)
     if _is_number(wanted):
         return type(wanted)(np.asarray(value).item())
@@ -238,11 +259,13 @@ class _Seal:
     metrics: dict[str, float]
     leaves: dict[str, _LeafSpec]
     files: dict[str, tuple[int, str]]  # relative path -> bytes, digest
+    run: str | None = None
 
     def to_text(self) -> str:
         content = {
             "format": _FORMAT,
             "step": self.step,
+            "run": self.run,
             "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "metrics": {k: v if math.isfinite(v) else str(v) for k, v in self.metrics.items()},
             "hash": _HASH,
@@ -268,8 +291,9 @@ class _Seal:
                 metrics={k: float(v) for k, v in content["metrics"].items()},
                 leaves={k: _LeafSpec.from_json(v) for k, v in content["leaves"].items()},
                 files={k: (v["bytes"], v[_HASH]) for k, v in content["files"].items()},
+                run=content.get("run"),
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise _Unsound(f"{_SEAL}: it cannot be read ({error})") from error
 
 
@@ -290,6 +314,16 @@ def _hash_file(path: Path, *, flush: bool = False) -> tuple[int, str]:
         return file.tell(), digest.hexdigest()
 
 
+def _refuse_odd_entries(folder: Path) -> None:
+    """A link leads out of what is sealed, a pipe is waited for: a step has folders and files only."""
+    for parent, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            path = Path(parent, name)
+            mode = path.lstat().st_mode
+            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
+                raise _Unsound(f"{path.relative_to(folder).as_posix()}: it is neither a file nor a folder")
+
+
 def _files(folder: Path) -> list[str]:
     found = [
         Path(parent, name).relative_to(folder).as_posix() for parent, _, names in os.walk(folder) for name in names
@@ -297,15 +331,17 @@ def _files(folder: Path) -> list[str]:
     return sorted(name for name in found if name != _SEAL)
 
 
-def _write_seal(folder: Path, step: int, metrics: dict[str, float], leaves: dict) -> None:
+def _write_seal(folder: Path, step: int, metrics: dict[str, float], leaves: dict, run: str | None = None) -> None:
     files = {name: _hash_file(folder / name, flush=True) for name in _files(folder)}
     for parent, _, _ in os.walk(folder):
         flush_folder(Path(parent))
-    write_atomically(folder / _SEAL, _Seal(step, metrics, leaves, files).to_text())
+    write_atomically(folder / _SEAL, _Seal(step, metrics, leaves, files, run).to_text())
 
 
 def _read_seal(folder: Path) -> _Seal:
     try:
+        if not stat.S_ISREG((folder / _SEAL).lstat().st_mode):
+            raise _Unsound(f"{_SEAL}: it is not a file")
         text = (folder / _SEAL).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise _Unsound(f"{_SEAL}: it is missing") from error
@@ -319,6 +355,10 @@ def _read_seal(folder: Path) -> _Seal:
 
 def _verify(folder: Path) -> _Seal:
     seal = _read_seal(folder)
+    try:
+        _refuse_odd_entries(folder)
+    except OSError as error:
+        raise _Unsound(f"it cannot be read ({error})") from error
     present = _files(folder)
     for name in seal.files:
         if name not in present:
@@ -393,6 +433,8 @@ class Checkpointer:
       best_mode: "max" or "min"; of equal values the earlier step is the best.
       asynchronous: whether ``save`` returns once the state has left the device, leaving writing,
         hashing and flushing to a thread; otherwise it returns when the step is sealed.
+      run: what identifies the run, such as `RunDirectory.identity`; it is sealed with every step, and a step that
+        was sealed with another is refused. None accepts every step.
       log: called with a sentence when a checkpoint is found damaged; prints to stderr by default.
 
     Raises:
@@ -416,6 +458,7 @@ class Checkpointer:
         best_metric: str | None = None,
         best_mode: Literal["max", "min"] = "max",
         asynchronous: bool = True,
+        run: str | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         if keep is not None and keep < 1:
@@ -429,6 +472,7 @@ class Checkpointer:
         self._best_metric = best_metric
         self._best_mode = best_mode
         self._asynchronous = asynchronous
+        self._run = run
         self._log = log or _print_to_stderr
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -522,7 +566,7 @@ class Checkpointer:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                _write_seal(unsealed, step, metrics, specs)
+                _write_seal(unsealed, step, metrics, specs, self._run)
                 os.rename(unsealed, self.directory / str(step))
                 flush_folder(self.directory)
         except Exception as error:
@@ -701,7 +745,8 @@ class Checkpointer:
 
         Raises:
           CheckpointError: there are checkpoints and none is sound, the given step is missing or
-            not sound, or the checkpoint is that of another model: the message names its leaves.
+            not sound, or the checkpoint is that of another run or model: the message names its
+            leaves.
 
         Example:
           >>> import tempfile, jax, jax.numpy as jnp
@@ -721,6 +766,8 @@ class Checkpointer:
             found, problem = -1, None
             if jax.process_index() == 0:
                 found, problem = self._newest_sound()
+        if problem is None and found >= 0 and jax.process_index() == 0:
+            problem = self._problem_of_run(found)
         if _agree(problem is not None):
             raise CheckpointError(problem or f"process 0 found no sound step in {self.directory}.")
         found = _agree(found)
@@ -738,6 +785,17 @@ class Checkpointer:
                 f"the checkpoint {self.directory / str(step)} is not sound: {unsound}. "
                 "Restore without a step to use the newest one that is sound."
             )
+        return None
+
+    def _problem_of_run(self, step: int) -> str | None:
+        folder = self.directory / str(step)
+        with contextlib.suppress(_Unsound):  # changed since it was verified: reading it will say so
+            sealed_for = _read_seal(folder).run
+            if None not in (self._run, sealed_for) and self._run != sealed_for:
+                return (
+                    f"{folder} was saved by a run with other settings (it is sealed for {sealed_for}, this run is "
+                    f"{self._run}). Put back this run's own step, or move the folder away."
+                )
         return None
 
     def _newest_sound(self) -> tuple[int, str | None]:
@@ -799,5 +857,7 @@ class Checkpointer:
             if name not in arrays:
                 dtype = np.uint32 if spec.kind == "key" else np.dtype(spec.dtype)
                 arrays[name] = np.zeros(spec.array_shape, dtype)
+            elif not _holds(arrays[name], spec):
+                raise CheckpointError(f"{folder} is not sound: the array {name!r} is not what its seal says.")
         restored = [_to_leaf(name, arrays[name], seal.leaves[name], leaf) for name, leaf in leaves.items()]
         return Restored(step, jax.tree_util.tree_unflatten(treedef, restored), seal.metrics)

@@ -20,6 +20,7 @@ import datetime
 import enum
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -50,6 +51,8 @@ class RunDirectory:
     Attributes:
       path: the folder.
       config: the configuration as it was written to ``config.json``.
+      identity: a digest of the configuration without its resumable keys, the same for every process of a run;
+        for ``Checkpointer``. None after ``reopen``.
 
     Example:
       >>> import tempfile, os
@@ -67,12 +70,14 @@ class RunDirectory:
         config: dict[str, Any],
         lock: BinaryIO,
         *,
+        identity: str | None = None,
         log: Callable[[str], None],
         tensorboard: bool,
     ) -> None:
         """For ``open`` only."""
         self.path = path
         self.config = config
+        self.identity = identity
         self._lock: BinaryIO | None = lock
         self._log = log
         self._metrics: BinaryIO | None = None
@@ -135,7 +140,8 @@ class RunDirectory:
         lock = _lock(folder)
         try:
             _write_config(folder, plain, resumable_keys)
-            return cls(folder, plain, lock, log=log or _print_to_stderr, tensorboard=tensorboard)
+            identity = _identity(plain, resumable_keys)
+            return cls(folder, plain, lock, identity=identity, log=log or _print_to_stderr, tensorboard=tensorboard)
         except BaseException:
             lock.close()
             raise
@@ -167,15 +173,13 @@ class RunDirectory:
         """
         folder = Path(path).expanduser().absolute()
         try:
-            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            saved = _read_mapping(folder / "config.json")
         except (FileNotFoundError, NotADirectoryError):
             raise RunDirectoryError(
                 f"{folder} is not a run's folder: it has no config.json. Name the folder a run printed."
             ) from None
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{folder / 'config.json'} cannot be read: {reason(error)}") from error
-        if not isinstance(saved, dict):
-            raise RunDirectoryError(f"{folder / 'config.json'} is damaged: it holds no mapping.")
         return cls(folder, saved, _lock(folder), log=log or _print_to_stderr, tensorboard=False)
 
     def __enter__(self) -> RunDirectory:
@@ -299,12 +303,14 @@ class RunDirectory:
             data = self._metrics_path.read_bytes()
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise RunDirectoryError(f"{self._metrics_path} cannot be read: {reason(error)}") from error
         lines = data.split(b"\n")
         for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is torn
             try:
                 record = json.loads(line)
                 record["step"] = int(record["step"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
                 shown = line[:60].decode(errors="replace")
                 raise RunDirectoryError(
                     f"line {number} of {self._metrics_path} is not a record of metrics: {shown!r}. "
@@ -343,10 +349,9 @@ class RunDirectory:
     def results(self) -> dict[str, Any] | None:
         """What ``write_results`` wrote, or None while the run is not finished."""
         try:
-            results = json.loads((self.path / "results.json").read_text(encoding="utf-8"))
+            return _read_mapping(self.path / "results.json")
         except (OSError, ValueError):
             return None
-        return results if isinstance(results, dict) else None
 
     @property
     def finished(self) -> bool:
@@ -501,6 +506,29 @@ def _plain(value: Any, where: str) -> Any:
     )
 
 
+_MOST_NESTED = 100
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object; a ValueError if the file holds something else, or what could not be worked with."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is not a file")
+    text = path.read_text(encoding="utf-8")
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no mapping")
+    level: list[Any] = [found]
+    for _ in range(_MOST_NESTED):
+        level = [v for value in level if isinstance(value, dict | list)
+                 for v in (value.values() if isinstance(value, dict) else value)]  # fmt: skip
+        if not level:
+            return found
+    raise ValueError("it is nested too deeply")
+
+
 def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in config.items():
@@ -511,15 +539,31 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _is_resumable(key: str, resumable_keys: Collection[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in resumable_keys)
+
+
+def _canonical(value: Any) -> Any:
+    """1 and 1.0 are the same setting."""
+    if isinstance(value, list):
+        return [_canonical(item) for item in value]
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and abs(value) <= 2**53 else value
+
+
+def _identity(config: Mapping[str, Any], resumable_keys: Collection[str]) -> str:
+    fixed = {key: _canonical(v) for key, v in _flatten(config).items() if not _is_resumable(key, resumable_keys)}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _differences(saved: Mapping, now: Mapping, resumable_keys: Collection[str]) -> list[str]:
     """One line per key whose change makes this another run."""
     old, new = _flatten(saved), _flatten(now)
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        free = any(key == name or key.startswith(f"{name}.") for name in resumable_keys)
         was = f"saved {json.dumps(old[key])}" if key in old else "not saved"
         is_now = f"now {json.dumps(new[key])}" if key in new else "now absent"
-        if not free and (key in old, old.get(key)) != (key in new, new.get(key)):
+        if not _is_resumable(key, resumable_keys) and (key in old, old.get(key)) != (key in new, new.get(key)):
             lines.append(f"{key}: {was}, {is_now}")
     return lines
 
@@ -527,9 +571,7 @@ def _differences(saved: Mapping, now: Mapping, resumable_keys: Collection[str]) 
 def _write_config(folder: Path, config: dict[str, Any], resumable_keys: Collection[str]) -> None:
     path = folder / "config.json"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(saved, dict):
-            raise ValueError("it holds no mapping")
+        saved = _read_mapping(path)
     except FileNotFoundError:
         saved = None
     except OSError as error:
