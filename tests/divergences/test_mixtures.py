@@ -15,6 +15,7 @@ from spread_jax import (
     UniformNoise,
     log_spread_density,
 )
+from spread_jax._pairwise import exp2
 
 
 def problem(dtype, seed=0, event=(2, 2)):
@@ -79,6 +80,52 @@ def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, x64):
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(g, w, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(got_forward, want_forward, rtol=1e-9)
+
+
+def test_blocks_by_one_product_keep_their_digits_whatever_their_order():
+    """12 dimensions, more atoms than a block holds: values and gradients against double precision, where the first
+    block is far from all points, where the first atoms are left out, and where one product would lose digits.
+    """
+    rng = np.random.default_rng(3)
+    half = np.where(np.arange(1024) < 512, -8.0, 8.0)[:, None] * np.eye(12)[0]
+    clusters = half + rng.normal(size=(1024, 12))  # 128 nats apart
+    late = np.where(np.arange(1024) < 100, -np.inf, rng.normal(size=1024))
+    cases = [(clusters, np.zeros(1024), 1.0), (clusters, late, 1.0), (clusters / 8, late, 0.02)]
+    loss = lambda y, atoms, w, s: log_spread_density(y, atoms, GaussianNoise(s), log_weights=w, chunk_size=512).sum()
+    value_and_gradients = jax.jit(
+        lambda *args: (log_spread_density(*args[:2], GaussianNoise(args[3]), log_weights=args[2], chunk_size=512),
+                       jax.grad(loss, argnums=(0, 1, 2, 3))(*args))
+    )  # fmt: skip
+    for atoms, log_weights, scale in cases:
+        y = atoms[::16] + scale * rng.normal(size=(64, 12))
+        y, atoms, log_weights = (a.astype(np.float32).astype(float) for a in (y, atoms, log_weights))
+        log_weights -= scipy.special.logsumexp(log_weights)
+        offsets = y[:, None] - atoms
+        joint = log_weights + scipy.stats.norm.logpdf(offsets, scale=np.float32(scale)).sum(axis=2)
+        shares = scipy.special.softmax(joint, axis=1)
+        pulls = shares[..., None] * offsets / scale**2
+        expected = (
+            -pulls.sum(axis=1),
+            pulls.sum(axis=0),
+            shares.sum(axis=0) - 64 * np.exp(log_weights),
+            (shares * (np.square(offsets).sum(axis=2) / scale**3 - 12 / scale)).sum(),
+        )
+        value, gradients = value_and_gradients(*(a.astype(np.float32) for a in (y, atoms, log_weights)), scale)
+        np.testing.assert_allclose(value, scipy.special.logsumexp(joint, axis=1), rtol=1e-6, atol=5e-5)
+        *sizes, of_scale = (np.abs(want).max() for want in expected)
+        sizes.append(max(of_scale, 64 * 12 / scale))  # its terms cancel
+        for got, want, size in zip(gradients, expected, sizes, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5 * size)
+        left_out = np.isinf(log_weights)
+        assert (np.asarray(gradients[1])[left_out] == 0).all()
+
+
+def test_powers_of_two():
+    x = np.concatenate([np.linspace(-126, 126.9, 100_001), [0, 1, -1, 0.5, -0.5]]).astype(np.float32)
+    power = jax.jit(exp2)
+    np.testing.assert_allclose(power(x), 2.0 ** x.astype(float), rtol=3e-7)
+    edges = np.array([-127.5, -1e9, -np.inf, 0, np.nan, 128, np.inf], np.float32)
+    np.testing.assert_array_equal(power(edges), np.array([0, 0, 0, 1, np.nan, np.inf, np.inf], np.float32))
 
 
 def test_second_derivative_vmap_and_jacfwd(x64):
