@@ -35,17 +35,17 @@ def test_value_matches_scipy(peer, dtype):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "event"),
     [
-        lambda t: GaussianNoise(t[0]),
-        lambda t: LaplaceNoise(t[0]),
-        lambda t: LowRankGaussianNoise(t[0], t[1]),
-        lambda t: TransformedNoise(LaplaceNoise(t[0]), jax.tree_util.Partial(jnp.multiply, t[2])),
+        (lambda t: GaussianNoise(2 * t[0]), (3, 3)),  # pairs are one product
+        (lambda t: LaplaceNoise(t[0]), (2, 2)),
+        (lambda t: LowRankGaussianNoise(t[0], t[1]), (2, 2)),
+        (lambda t: TransformedNoise(LaplaceNoise(t[0]), jax.tree_util.Partial(jnp.multiply, t[2])), (2, 2)),
     ],
     ids=["gaussian", "laplace", "low_rank", "transformed"],
 )
-def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, x64):
-    y, atoms, log_weights = problem("float64")
+def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, event, x64):
+    y, atoms, log_weights = problem("float64", event=event)
     rng = np.random.default_rng(1)
     numbers = (0.4, jnp.asarray(rng.normal(size=(2, 2, 1))), 1.3)
     weights = jnp.arange(11.0)
@@ -129,7 +129,7 @@ def test_powers_of_two():
 
 
 def test_second_derivative_vmap_and_jacfwd(x64):
-    y, atoms, _ = problem("float64", event=(2,))
+    y, atoms, _ = problem("float64", event=(9,))  # one product at 0.6, split ones at 0.3
     f = jax.jit(lambda s: log_spread_density(y, atoms, GaussianNoise(s), chunk_size=4).sum())
     slope = lambda s: (f(s + 1e-5) - f(s - 1e-5)) / 2e-5
     first, second = jax.jit(lambda s: (jax.jacfwd(f)(s), jax.grad(jax.grad(f))(s)))(0.6)
@@ -174,10 +174,10 @@ def test_it_is_a_density_and_far_points_stay_finite(x64):
     np.testing.assert_allclose(slope, [[-(1e4 - 2) / 0.09]], rtol=1e-9)
 
 
-@pytest.mark.parametrize("make", [GaussianNoise, LaplaceNoise])
-def test_memory_does_not_hold_the_pairs(make):
+@pytest.mark.parametrize(("make", "size"), [(GaussianNoise, 12), (LaplaceNoise, 4)])
+def test_memory_does_not_hold_the_pairs(make, size):
     # 3000 x 3000 pairs are 36 MB; with 64 x 64 blocks the gradient needs a fraction of that.
-    y, atoms = jnp.zeros((3000, 4)), jnp.zeros((3000, 4))
+    y, atoms = jnp.zeros((3000, size)), jnp.zeros((3000, size))
     loss = lambda y, atoms, s: log_spread_density(y, atoms, make(s), chunk_size=64).sum()
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(y, atoms, 1.0).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 3e6
