@@ -161,12 +161,14 @@ def _peers(config, call):
         return
     if not config.torch:
         return
-    batch_size = config.batch_sizes[0]
-    variants = [("contiguous", name) for name in config.precisions]
-    variants += [("channels_last", "bfloat16"), ("compile", "tf32"), ("compile", "bfloat16")]
-    for variant, name in variants:
+    first, *others = config.batch_sizes
+    variants = [("contiguous", name, first) for name in config.precisions]
+    variants += [("channels_last", "bfloat16", first), ("compile", "tf32", first), ("compile", "bfloat16", first)]
+    # PyTorch's best at one large batch too: what it takes to compile forbids more.
+    variants += [("compile", "bfloat16", batch_size) for batch_size in others if batch_size == 1024]
+    for variant, name, batch_size in variants:
 
-        def measure(variant=variant, name=name):
+        def measure(variant=variant, name=name, batch_size=batch_size):
             found = _measure.in_new_process(
                 "benchmarks.step:measure_torch",
                 width=config.width,

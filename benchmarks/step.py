@@ -27,16 +27,22 @@ SIDES = ("spread_jax", "contiguous", "channels_last", "compile")
 class Config:
     """Settings of the comparison."""
 
-    widths: tuple[int, ...] = (16, 32, 64)
+    widths: tuple[int, ...] = (16, 32, 64, 128)
     """Channels of the encoder's first convolution."""
     batch_size: int = 32
     """Images in a batch."""
+    wide_batch_size: int = 8
+    """Images in a batch from width 128 on, where 32 would take a second a step."""
     steps: int = 12
     """Timed steps in each process, after two that are not."""
     rounds: int = 3
     """Processes for each side."""
     sides: tuple[str, ...] = SIDES
     """What is compared: spread_jax and PyTorch's variants."""
+
+    def images_at(self, width: int) -> int:
+        """The batch size of a width."""
+        return self.batch_size if width < 128 else self.wide_batch_size
 
 
 def images(batch_size: int) -> np.ndarray:
@@ -197,6 +203,7 @@ def run(config: Config) -> list[Table]:
             times.append(_time_row(config, width, side, runs, found.get("spread_jax")))
             costs.append({
                 "width": width,
+                "batch": config.images_at(width),
                 "side": side,
                 "cold compile s": runs[0]["compile_seconds"],
                 "warm compile s": float(np.median([run["compile_seconds"] for run in runs[1:]])) if runs[1:] else None,
@@ -204,10 +211,10 @@ def run(config: Config) -> list[Table]:
             })  # fmt: skip
     if len(sides) > 1:
         width = config.widths[0]
-        found = _measure.in_new_process("benchmarks.step:agreement", width=width, batch_size=config.batch_size)
+        found = _measure.in_new_process("benchmarks.step:agreement", width=width, batch_size=config.images_at(width))
         agreements = [{"width": width, "loss": found["loss"], "gradient": found["gradient"]}]
     tables = [
-        Table(f"Time of a step, batch {config.batch_size}, medians of {config.rounds} processes", times),
+        Table(f"Time of a step, medians of {config.rounds} processes", times),
         Table("Compilation with a new and with a filled cache (PyTorch: first step less a later one), memory", costs),
     ]
     return [*tables, Table("Relative difference of PyTorch's loss and gradient", agreements)] if agreements else tables
@@ -220,7 +227,7 @@ def _alternate(config, width, sides, cache):
     for _ in range(config.rounds):
         for side in list(found):
             name, options = ("measure_jax", {}) if side == "spread_jax" else ("measure_torch", {"variant": side})
-            size = {"width": width, "batch_size": config.batch_size, "steps": config.steps}
+            size = {"width": width, "batch_size": config.images_at(width), "steps": config.steps}
             try:
                 result = _measure.in_new_process(f"benchmarks.step:{name}", environment=environment, **size, **options)
             except _measure.SideFailed as error:
@@ -236,9 +243,10 @@ def _time_row(config, width, side, runs, ours):
     medians = [float(np.median(run["seconds"])) for run in runs]
     row = {
         "width": width,
+        "batch": config.images_at(width),
         "side": side,
         "ms": 1e3 * float(np.median(medians)),
-        "images/s": config.batch_size / float(np.median(medians)),
+        "images/s": config.images_at(width) / float(np.median(medians)),
     }
     if side != "spread_jax" and ours:
         found = _measure.ratio([float(np.median(run["seconds"])) for run in ours], medians)

@@ -33,12 +33,15 @@ class Trained(NamedTuple):
       seconds: of this process's part of the run.
       images_per_second: median over its records, or None if there were no steps left.
       waiting_share: mean share of the time spent waiting for data, or None.
+      step_share: share of `seconds` spent in train steps; the rest is compilation, data, evaluations, pictures and
+        checkpoints. None if there were no steps left.
     """
 
     state: Any
     seconds: float
     images_per_second: float | None
     waiting_share: float | None
+    step_share: float | None
 
 
 def fit(
@@ -82,9 +85,14 @@ def fit(
     say(f"run: {run.path}: {parameters(state):,} parameters, {config.steps} steps of {config.batch_size} images")
 
     rates: list[tuple[float, float]] = []
+    timed_steps, stepping = start_step + 1, 0.0  # the first step compiles and is not timed
     began = time.perf_counter()
 
     def on_record(record: StepRecord) -> None:
+        nonlocal timed_steps, stepping
+        if record.step > timed_steps:
+            stepping += (record.step - timed_steps) * record.seconds_per_step * (1 - record.waiting)
+            timed_steps = record.step
         rate = config.batch_size / record.seconds_per_step
         rates.append((rate, record.waiting))
         run.log_metrics(record.step, {**record.metrics, "images_per_second": rate, "waiting_share": record.waiting})
@@ -133,11 +141,13 @@ def fit(
         ) from None
     saver.wait()
     timed = rates[1:] or rates
+    seconds = time.perf_counter() - began
     return Trained(
         state,
-        time.perf_counter() - began,
+        seconds,
         float(np.median([rate for rate, _ in timed])) if timed else None,
         float(np.mean([waiting for _, waiting in timed])) if timed else None,
+        stepping / seconds if timed else None,
     )
 
 

@@ -15,6 +15,7 @@ from spread_jax import (
     UniformNoise,
     log_spread_density,
 )
+from spread_jax._pairwise import exp2
 
 
 def problem(dtype, seed=0, event=(2, 2)):
@@ -34,17 +35,17 @@ def test_value_matches_scipy(peer, dtype):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("make", "event"),
     [
-        lambda t: GaussianNoise(t[0]),
-        lambda t: LaplaceNoise(t[0]),
-        lambda t: LowRankGaussianNoise(t[0], t[1]),
-        lambda t: TransformedNoise(LaplaceNoise(t[0]), jax.tree_util.Partial(jnp.multiply, t[2])),
+        (lambda t: GaussianNoise(2 * t[0]), (3, 3)),  # pairs are one product
+        (lambda t: LaplaceNoise(t[0]), (2, 2)),
+        (lambda t: LowRankGaussianNoise(t[0], t[1]), (2, 2)),
+        (lambda t: TransformedNoise(LaplaceNoise(t[0]), jax.tree_util.Partial(jnp.multiply, t[2])), (2, 2)),
     ],
     ids=["gaussian", "laplace", "low_rank", "transformed"],
 )
-def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, x64):
-    y, atoms, log_weights = problem("float64")
+def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, event, x64):
+    y, atoms, log_weights = problem("float64", event=event)
     rng = np.random.default_rng(1)
     numbers = (0.4, jnp.asarray(rng.normal(size=(2, 2, 1))), 1.3)
     weights = jnp.arange(11.0)
@@ -81,8 +82,54 @@ def test_streamed_derivatives_in_both_modes_equal_the_dense_ones(make, x64):
     np.testing.assert_allclose(got_forward, want_forward, rtol=1e-9)
 
 
+def test_blocks_by_one_product_keep_their_digits_whatever_their_order():
+    """12 dimensions, more atoms than a block holds: values and gradients against double precision, where the first
+    block is far from all points, where the first atoms are left out, and where one product would lose digits.
+    """
+    rng = np.random.default_rng(3)
+    half = np.where(np.arange(1024) < 512, -8.0, 8.0)[:, None] * np.eye(12)[0]
+    clusters = half + rng.normal(size=(1024, 12))  # 128 nats apart
+    late = np.where(np.arange(1024) < 100, -np.inf, rng.normal(size=1024))
+    cases = [(clusters, np.zeros(1024), 1.0), (clusters, late, 1.0), (clusters / 8, late, 0.02)]
+    loss = lambda y, atoms, w, s: log_spread_density(y, atoms, GaussianNoise(s), log_weights=w, chunk_size=512).sum()
+    value_and_gradients = jax.jit(
+        lambda *args: (log_spread_density(*args[:2], GaussianNoise(args[3]), log_weights=args[2], chunk_size=512),
+                       jax.grad(loss, argnums=(0, 1, 2, 3))(*args))
+    )  # fmt: skip
+    for atoms, log_weights, scale in cases:
+        y = atoms[::16] + scale * rng.normal(size=(64, 12))
+        y, atoms, log_weights = (a.astype(np.float32).astype(float) for a in (y, atoms, log_weights))
+        log_weights -= scipy.special.logsumexp(log_weights)
+        offsets = y[:, None] - atoms
+        joint = log_weights + scipy.stats.norm.logpdf(offsets, scale=np.float32(scale)).sum(axis=2)
+        shares = scipy.special.softmax(joint, axis=1)
+        pulls = shares[..., None] * offsets / scale**2
+        expected = (
+            -pulls.sum(axis=1),
+            pulls.sum(axis=0),
+            shares.sum(axis=0) - 64 * np.exp(log_weights),
+            (shares * (np.square(offsets).sum(axis=2) / scale**3 - 12 / scale)).sum(),
+        )
+        value, gradients = value_and_gradients(*(a.astype(np.float32) for a in (y, atoms, log_weights)), scale)
+        np.testing.assert_allclose(value, scipy.special.logsumexp(joint, axis=1), rtol=1e-6, atol=5e-5)
+        *sizes, of_scale = (np.abs(want).max() for want in expected)
+        sizes.append(max(of_scale, 64 * 12 / scale))  # its terms cancel
+        for got, want, size in zip(gradients, expected, sizes, strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=5e-5 * size)
+        left_out = np.isinf(log_weights)
+        assert (np.asarray(gradients[1])[left_out] == 0).all()
+
+
+def test_powers_of_two():
+    x = np.concatenate([np.linspace(-126, 126.9, 100_001), [0, 1, -1, 0.5, -0.5]]).astype(np.float32)
+    power = jax.jit(exp2)
+    np.testing.assert_allclose(power(x), 2.0 ** x.astype(float), rtol=3e-7)
+    edges = np.array([-127.5, -1e9, -np.inf, 0, np.nan, 128, np.inf], np.float32)
+    np.testing.assert_array_equal(power(edges), np.array([0, 0, 0, 1, np.nan, np.inf, np.inf], np.float32))
+
+
 def test_second_derivative_vmap_and_jacfwd(x64):
-    y, atoms, _ = problem("float64", event=(2,))
+    y, atoms, _ = problem("float64", event=(9,))  # one product at 0.6, split ones at 0.3
     f = jax.jit(lambda s: log_spread_density(y, atoms, GaussianNoise(s), chunk_size=4).sum())
     slope = lambda s: (f(s + 1e-5) - f(s - 1e-5)) / 2e-5
     first, second = jax.jit(lambda s: (jax.jacfwd(f)(s), jax.grad(jax.grad(f))(s)))(0.6)
@@ -127,10 +174,10 @@ def test_it_is_a_density_and_far_points_stay_finite(x64):
     np.testing.assert_allclose(slope, [[-(1e4 - 2) / 0.09]], rtol=1e-9)
 
 
-@pytest.mark.parametrize("make", [GaussianNoise, LaplaceNoise])
-def test_memory_does_not_hold_the_pairs(make):
+@pytest.mark.parametrize(("make", "size"), [(GaussianNoise, 12), (LaplaceNoise, 4)])
+def test_memory_does_not_hold_the_pairs(make, size):
     # 3000 x 3000 pairs are 36 MB; with 64 x 64 blocks the gradient needs a fraction of that.
-    y, atoms = jnp.zeros((3000, 4)), jnp.zeros((3000, 4))
+    y, atoms = jnp.zeros((3000, size)), jnp.zeros((3000, size))
     loss = lambda y, atoms, s: log_spread_density(y, atoms, make(s), chunk_size=64).sum()
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(y, atoms, 1.0).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 3e6

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_batch, check_count, check_same_event, check_samples, is_concrete
+from spread_jax._pairwise import exp2, is_product, product, split_distances, squares
+from spread_jax._pytree import frozen_pytree
 from spread_jax.noise import SpreadNoise, TransformedNoise
 from spread_jax.noise._protocol import check_noise
 
@@ -18,6 +20,13 @@ __all__ = ["log_spread_density"]
 # expanded.
 _PAIR_EDGE = 1024
 _EXPANDED_NUMBERS = 2**22
+# Columns of a block that are visited at once where pairs are one product: on a CPU 1 MB beside 2 MB of second-level
+# cache. At 20,000 points in 64 dimensions 1.15 ns for each pair and core, 1.32 at 1024 columns, 0.90 for the product.
+_TILE = 256
+_LOG2_E = math.log2(math.e)
+# Where sums of powers of two begin, and where they are still far from overflow.
+_HEADROOM, _LARGE = 64.0, 2.0**100
+_FIRST_LOOK = 64
 
 
 def log_spread_density(
@@ -42,7 +51,7 @@ def log_spread_density(
       noise: the spread noise p(y|x).
       log_weights: [n], logarithms of the atoms' weights up to a constant (they are normalised here); -inf
         leaves an atom out. Equal weights by default.
-      chunk_size: the edge of a block of pairs; by default about 2^20 pairs, fewer where events must be
+      chunk_size: the edge of a block of pairs; by default at most 2^20 pairs, fewer where events must be
         expanded.
 
     Returns:
@@ -84,9 +93,13 @@ def log_spread_density(
         log_weights = jax.nn.log_softmax(log_weights)
     if num_y == 0:
         return jnp.zeros(0, dtype)
-    chunk_size = _chunk_edge(noise, y) if chunk_size is None else check_count("chunk_size", chunk_size)
+    edge = _chunk_edge(noise, y) if chunk_size is None else check_count("chunk_size", chunk_size)
+    if hasattr(noise, "standardise") and num_atoms > edge:
+        u, v, log_constant = noise.standardise(y, atoms)
+        if is_product(u):
+            return log_constant + _log_sum_of_gaussians(u, v, log_weights, edge)
     log_density = _streamed_log_density(
-        _blocks(y, chunk_size), _blocks(atoms, chunk_size), _blocks(log_weights, chunk_size, -jnp.inf), noise
+        _blocks(y, edge), _blocks(atoms, edge), _blocks(log_weights, edge, -jnp.inf), noise
     )
     return log_density.reshape(-1)[:num_y]
 
@@ -102,11 +115,119 @@ def _blocks(values, chunk_size, fill=None):
     count = values.shape[0]
     num_blocks = -(-count // chunk_size)
     edge = -(-count // num_blocks)
+    edge = min(-(-edge // _TILE) * _TILE, chunk_size)
     missing = num_blocks * edge - count
     if missing:
         tail = jnp.repeat(values[-1:], missing, axis=0) if fill is None else jnp.full(missing, fill, values.dtype)
         values = jnp.concatenate([values, tail])
     return values.reshape(num_blocks, edge, *values.shape[1:])
+
+
+def _log_sum_of_gaussians(u, v, log_weights, edge):
+    """log sum_n w_n exp(-|u - v_n|^2 / 2), [m], of u [m, X] and v [n, X] centred on v: one product for each block of
+    pairs if that loses no digits, else three.
+    """
+
+    def by_one_product(u, v, log_weights):
+        bias = log_weights - 0.5 * squares(v)
+        sums = _streamed_log_sum(_blocks(u, edge), _blocks(v, edge), _blocks(bias, edge, -jnp.inf))
+        return sums.reshape(-1)[: len(u)] - 0.5 * squares(u)
+
+    def by_split_products(u, v, log_weights):
+        blocks = _blocks(u, edge), _blocks(v, edge), _blocks(log_weights, edge, -jnp.inf)
+        return _streamed_log_density(*blocks, _SplitProducts()).reshape(-1)[: len(u)]
+
+    # The rounding of one product, 16 eps X nats at most, is then that of the density of a point 4 sigma off.
+    largest = jnp.maximum(squares(u).max(), squares(v).max())
+    return jax.lax.cond(largest <= 16 * u.shape[1], by_one_product, by_split_products, u, v, log_weights)
+
+
+@frozen_pytree
+class _SplitProducts:
+    """A unit Gaussian without its constant."""
+
+    def pairwise_log_prob(self, y, x):
+        return -0.5 * split_distances(y, x)
+
+
+@jax.custom_jvp
+def _streamed_log_sum(u, v, bias):
+    """log sum_n exp(<u, v_n> + bias_n): [Y, c, X], [A, k, X], [A, k] -> [Y, c].
+
+    The sum is kept in units of 2^unit, where the first few terms put it at 2^-64: terms from 2^62 below those, which
+    change nothing, to 2^164 above them fit the range of float32. So a block costs one product and one pass over it,
+    and none for its largest entry: that is looked for only where a block leaves the range, to choose a new unit.
+    Logarithms are to base two inside, which saves a multiplication for each pair.
+    """
+    v, bias = v * _LOG2_E, bias * _LOG2_E
+    tile = _TILE if v.shape[1] % _TILE == 0 and jax.default_backend() == "cpu" else v.shape[1]
+    split = lambda values: values.reshape(-1, tile, *values.shape[1:])
+
+    def one_block(u_block):
+        def in_unit(log2_sum):
+            return log2_sum + _HEADROOM, jnp.full_like(log2_sum, 2.0**-_HEADROOM)
+
+        def add(carry, block):
+            unit, total = carry
+            v_block, bias_block = block
+
+            def add_tile(total, tile):
+                v_tile, bias_tile = tile
+                joint = jax.lax.optimization_barrier(product(u_block, v_tile))  # XLA's own fusion is slower
+                return total + exp2(joint + bias_tile - unit[:, None]).sum(axis=1), None
+
+            def in_new_unit():
+                here = _log2_sum(product(u_block, v_block) + bias_block)
+                return in_unit(jnp.logaddexp2(unit + jnp.log2(total), here))
+
+            new = _scan(add_tile, total, (split(v_block), split(bias_block)))
+            return jax.lax.cond((new < _LARGE).all(), lambda: (unit, new), in_new_unit), None
+
+        few = (v[0, :_FIRST_LOOK], bias[0, :_FIRST_LOOK])
+        unit = (product(u_block, few[0]) + few[1]).max(axis=1) + _HEADROOM
+        unit, total = _scan(add, (unit, jnp.zeros_like(unit)), (v, bias))
+        return unit + jnp.log2(total)
+
+    return _map(one_block, u) / _LOG2_E
+
+
+def _log2_sum(joint):
+    largest = joint.max(axis=1)
+    offset = jnp.where(jnp.isfinite(largest), largest, 0)
+    return offset + jnp.log2(jnp.exp2(joint - offset[:, None]).sum(axis=1))
+
+
+@functools.partial(_streamed_log_sum.defjvp, symbolic_zeros=True)
+def _streamed_log_sum_jvp(primals, tangents):
+    """d log sum = <du, R v> + <u, R dv> + R dbias, R the responsibilities: recomputed by block, kept by none."""
+    log_sum = _streamed_log_sum(*primals)
+    u, v, bias = primals
+    du, dv, dbias = jax.tree_util.tree_map(_none_if_fixed, tangents)
+
+    def one_block(block):
+        u_block, du_block, log_sum_block = block
+
+        @jax.checkpoint
+        def block_tangent(primal, tangent):
+            u_block, v_block, bias_block, log_sum_block = primal
+            du_block, dv_block, dbias_block = tangent
+            joint = jax.lax.optimization_barrier(product(u_block, v_block * _LOG2_E))
+            share = exp2(joint + bias_block * _LOG2_E - (log_sum_block * _LOG2_E)[:, None])
+            total = jnp.zeros_like(log_sum_block)
+            if du_block is not None:
+                total += (du_block * product(share, v_block.T)).sum(axis=1)
+            if dv_block is not None:
+                total += (u_block * product(share, dv_block.T)).sum(axis=1)
+            return total if dbias_block is None else total + share @ dbias_block
+
+        def add(total, atom_block):
+            v_block, dv_block, bias_block, dbias_block = atom_block
+            primal = (u_block, v_block, bias_block, log_sum_block)
+            return total + block_tangent(primal, (du_block, dv_block, dbias_block)), None
+
+        return _scan(add, jnp.zeros_like(log_sum_block), (v, dv, bias, dbias))
+
+    return log_sum, _map(one_block, (u, du, log_sum))
 
 
 def _log_joint(y, atoms, log_weights, noise):

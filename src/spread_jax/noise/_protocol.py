@@ -20,7 +20,8 @@ class SpreadNoise(Protocol):
       - `kl(x, x2)` -> [batch], KL(p(y|x) || p(y|x2)), in nats;
       - `characteristic_function(omega)` -> [batch], the Fourier transform of a stationary kernel;
       - `mmd_kernel(x, x2)` -> [n, m], the integral of p(y|x) p(y|x2) over y;
-      - `pairwise_log_prob(y, x)` -> [m, n], log p(y_i|x_j), where all pairs are cheaper than one by one.
+      - `pairwise_log_prob(y, x)` -> [m, n], log p(y_i|x_j), where all pairs are cheaper than one by one;
+      - `standardise(y, x)` -> (u [m, X], v [n, X], c), where log p(y_i|x_j) = c - |u_i - v_j|^2 / 2.
     """
 
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:

@@ -72,11 +72,27 @@ class GaussianNoise(ClosedProductNoise):
             distances = squared_distances(flatten_events(y), flatten_events(x), negligible=negligible * square) / square
             log_scales = size * positive_log(scale.reshape(()))
         else:
-            centre = jax.lax.stop_gradient(x.mean(axis=0))
-            y, x = (y - centre) / scale, (x - centre) / scale
-            distances = squared_distances(flatten_events(y), flatten_events(x), negligible=negligible)
-            log_scales = jnp.broadcast_to(positive_log(scale), x.shape[1:]).sum()
+            u, v, constant = self.standardise(y, x)
+            return constant - 0.5 * squared_distances(u, v, negligible=negligible)
         return -0.5 * distances - log_scales - 0.5 * size * math.log(2 * math.pi)
+
+    def standardise(self, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Coordinates, centred on x, in which this is a unit Gaussian: log p(y_i|x_j) = c - |u_i - v_j|^2 / 2.
+
+        Args:
+          y: [m, *event].
+          x: [n, *event].
+
+        Returns:
+          u [m, X], v [n, X] and c, a scalar in nats.
+        """
+        y, x = check_batch("y", y), check_batch("x", x)
+        check_same_event("y", y, "x", x)
+        scale = self._scale_like(x)
+        centre = jax.lax.stop_gradient(x.mean(axis=0))
+        log_scales = jnp.broadcast_to(positive_log(scale), x.shape[1:]).sum()
+        constant = -log_scales - 0.5 * math.prod(x.shape[1:]) * math.log(2 * math.pi)
+        return flatten_events((y - centre) / scale), flatten_events((x - centre) / scale), constant
 
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The integral of p(y|x) p(y|x2) over y, N(x; x2, 2 sigma^2 I).

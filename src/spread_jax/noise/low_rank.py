@@ -107,11 +107,24 @@ class LowRankGaussianNoise:
         Returns:
           [m, n].
         """
+        u, v, constant = self.standardise(y, x)
+        return constant - 0.5 * squared_distances(u, v)
+
+    def standardise(self, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Coordinates, centred on x, in which this is a unit Gaussian: log p(y_i|x_j) = c - |u_i - v_j|^2 / 2.
+
+        Args:
+          y: [m, *event].
+          x: [n, *event].
+
+        Returns:
+          u [m, X + R], v [n, X + R] and c, a scalar in nats.
+        """
         y, x = check_batch("y", y), check_batch("x", x)
         check_same_event("y", y, "x", x)
         whiten, constant = self._whitening(x)
         centre = jax.lax.stop_gradient(x.mean(axis=0))
-        return constant - 0.5 * squared_distances(whiten(y - centre), whiten(x - centre))
+        return whiten(y - centre), whiten(x - centre), constant
 
     def location(self, x: jax.Array) -> jax.Array:
         """The noise-free y, which is x."""
