@@ -29,10 +29,9 @@ import numpy as np
 
 from spread_jax._checks import check_batch, check_count, check_positive, check_samples
 from spread_jax._pytree import frozen_pytree
-from spread_jax.linear import _closed_form
+from spread_jax.linear import _closed_form, _gibbs
 from spread_jax.linear._sampling import (
     PosteriorMoments,
-    gibbs_sweep,
     importance_moments,
     pseudo_inverse,
     score_deviation,
@@ -55,7 +54,6 @@ _ITERATIONS = {"closed_form": 200, "natural_gradient": 80, "spread_em": 500, "em
 _SAMPLES = {"natural_gradient": 8, "spread_em": 1000, "em": 1000}
 # EM steps between two looks at the gradient, and those that a look averages over.
 _BETWEEN_LOOKS, _LOOK = 35, 15
-_GIBBS_STEP = 0.5
 _LOOK_ROWS, _LOOK_SAMPLES = 2048, 64  # of the deviations that the gradient is measured in
 
 
@@ -279,7 +277,7 @@ def gibbs_step(
     source = _check_scale_mixture(as_source(source))
     check_positive("noise_scale", noise_scale)
     variance = jnp.square(jnp.asarray(noise_scale, y.dtype))
-    mixing, columns, _ = _gibbs_update(mixing, z.T, y.T, variance, source, step_size, key)
+    mixing, columns, _ = _gibbs.update(mixing, z.T, y.T, variance, source, step_size, key)
     return mixing, columns.T
 
 
@@ -323,6 +321,7 @@ def fit(
         method is called converged, when no entry of the relative gradient exceeds it, in standard deviations over
         examples (0.01).
       num_restarts: random starts, run side by side by vmap; the best likelihood (contrast, for closed_form) is kept.
+        Chains have no likelihood to compare, so for gibbs the runs vote: a column counts that most of them found.
       key: a JAX random key.
 
     Returns:
@@ -375,8 +374,6 @@ def fit(
     source = as_source(source) if known_law else LaplaceSource()
     if method == "gibbs":
         _check_scale_mixture(source)
-        if num_restarts != 1:
-            raise ValueError("num_restarts must be 1 for method 'gibbs', whose chains have no likelihood to compare.")
     options = {
         "method": method,
         "num_sources": size,
@@ -460,14 +457,6 @@ def _natural_update(mixing, moments, step_size):
     return mixing + step_size * (mixing @ m) + span - q @ (q.T @ span)
 
 
-def _gibbs_update(mixing, z, y, variance, source, step_size, key):
-    z = gibbs_sweep(mixing, z, y, variance=variance, source=source, key=key)
-    f = source.score(z) @ z.T / z.shape[1] - jnp.eye(z.shape[0], dtype=z.dtype)
-    step = step_size * f
-    step = step * jnp.minimum(1, 0.3 / jnp.maximum(jnp.abs(step).max(), 1e-30))
-    return mixing + mixing @ step, z, f
-
-
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -501,16 +490,17 @@ def _fit(x, source, noise_scale, observation_scale, key, *, method, num_sources,
         )
         return _result(found, whitened.mean, options["tolerance"]), whitened.variances
     mean, from_white = whitened.mean, whitened.from_white
-    start_key, key = jax.random.split(key)
     typical = jnp.sqrt(jnp.square(from_white).sum() / (x.shape[1] * num_sources))
 
+    if method == "gibbs":
+        scale = 0.1 * typical if noise_scale is None else jnp.asarray(noise_scale, x.dtype)
+        found = _gibbs.fit(x - mean, from_white, num_sources, source, scale, observation_scale, key, **options)
+        found["unmixing"] = pseudo_inverse(found["mixing"])
+        return _result(found, mean, options["tolerance"]), whitened.variances
+    start_key, key = jax.random.split(key)
+
     def one(start_key, key):
-        # A A^T is the covariance of the signal, up to a random rotation.
-        turn = _closed_form.polar(jax.random.normal(start_key, (directions, num_sources), x.dtype))
-        start = from_white @ turn
-        if method == "gibbs":
-            scale = 0.1 * typical if noise_scale is None else jnp.asarray(noise_scale, x.dtype)
-            return _fit_gibbs(x - mean, start, source, scale, observation_scale, key, **options)
+        start = _gibbs.random_start(from_white, num_sources, start_key)
         scale = noise_scale
         if scale is None and method == "natural_gradient":
             scale = 0.2 * typical
@@ -636,31 +626,3 @@ def _e_step(x, source, observation_scale, key, options):
         )
 
     return e_step
-
-
-def _fit_gibbs(x, start, source, noise_scale, observation_scale, key, *, max_iterations, **_):
-    """Chains kept from step to step; the mean over the last fifth of shorter steps."""
-    noise_key, chain_key, key = jax.random.split(key, 3)
-    y = (x + noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)).T
-    variance = jnp.square(noise_scale) + jnp.square(observation_scale)
-    z = pseudo_inverse(start) @ y + 0.1 * jax.random.normal(chain_key, (start.shape[1], x.shape[0]), x.dtype)
-    last = max(max_iterations // 5, 1)
-
-    def step(carry, t):
-        mixing, z, mean, gradient = carry
-        step_size = jnp.where(t < max_iterations - last, _GIBBS_STEP, 0.1).astype(x.dtype)
-        mixing, z, f = _gibbs_update(mixing, z, y, variance, source, step_size, jax.random.fold_in(key, t))
-        share = jnp.where(t < max_iterations - last, 0, 1 / last).astype(x.dtype)
-        return (mixing, z, mean + share * mixing, gradient + share * f), None
-
-    carry = (start, z, jnp.zeros_like(start), jnp.zeros((start.shape[1],) * 2, x.dtype))
-    (_, z, mixing, gradient), _ = jax.lax.scan(step, carry, jnp.arange(max_iterations))
-    # Independent sources: the entries of psi(z) z^T have second moments E psi^2 E z^2.
-    deviation = jnp.sqrt(jnp.square(source.score(z)).mean(axis=1)[:, None] * jnp.square(z).mean(axis=1))
-    return {
-        "mixing": mixing,
-        "noise_scale": noise_scale,
-        "num_iterations": jnp.asarray(max_iterations),
-        "residual": jnp.max(jnp.abs(gradient) / deviation),
-        "log_likelihood": jnp.zeros((), x.dtype),
-    }

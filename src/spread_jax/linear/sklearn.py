@@ -130,7 +130,7 @@ class SpreadICA(_LinearModel):
       noise_scale: standard deviation of the spread noise, in whitened coordinates (of unit variance), or "auto".
       max_iter: iterations at most; the method's default if None.
       tol: tolerance of convergence; the method's default if None.
-      n_restarts: random starts, of which the best is kept.
+      n_restarts: random starts, of which the best is kept; with method "gibbs" they vote on the columns.
       random_state: None, an int or a RandomState: where the random starts come from.
 
     Attributes:
