@@ -169,6 +169,7 @@ def _train_and_report(config, run, datasets, say) -> int:
         "noise_scale": model.noise_scale(state),
         "images_per_second": trained.images_per_second,
         "waiting_share": trained.waiting_share,
+        "step_share": trained.step_share,
         "seconds": trained.seconds,
         **{f"held_out_{name}": value for name, value in held_out.items()},
         "device": jax.devices()[0].device_kind,
