@@ -115,6 +115,8 @@ PRESETS = {
         descent_steps=4,
         noise_learning_rate=1e-3,
         mmd_weight=10.0,
+        discriminator_learning_rate=2e-3,
+        generator_learning_rate=1e-3,
     ),
     "digits": Config(
         preset="digits",
@@ -128,6 +130,8 @@ PRESETS = {
         final_noise_scale=0.3,
         noise_decay_every=25,
         mmd_weight=10.0,
+        discriminator_learning_rate=2e-3,
+        generator_learning_rate=1e-3,
         learning_rate=5e-3,
         ema_decay=0.98,
         save_every=100,
