@@ -42,6 +42,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from spread_jax.training._files import flush_folder, reason, write_atomically
+from spread_jax.training._processes import agree
 
 PyTree = Any
 
@@ -352,15 +353,6 @@ def _print_to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _agree(value: int) -> int:
-    """The value process 0 has; the other processes' own value is ignored."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
-
-
 def _free_bytes(folder: Path) -> int | None:
     try:
         usage = shutil.disk_usage(folder)
@@ -489,7 +481,7 @@ class Checkpointer:
                 f"the best step is chosen by {self._best_metric!r}, and the metrics of step {step} "
                 f"hold {sorted(metrics)}: pass it, or give another best_metric."
             )
-        if _agree(step in self._sealed()):
+        if agree(step in self._sealed()):
             return
         arrays, specs = _to_arrays(_named_leaves(state)[0])
         if not arrays:
@@ -592,7 +584,7 @@ class Checkpointer:
         failure, self._failure = self._failure, None
         failed = failure is not None
         if in_flight:
-            failed = bool(_agree(failed))
+            failed = bool(agree(failed))
         if failure is not None:
             raise failure
         if failed:
@@ -721,9 +713,9 @@ class Checkpointer:
             found, problem = -1, None
             if jax.process_index() == 0:
                 found, problem = self._newest_sound()
-        if _agree(problem is not None):
+        if agree(problem is not None):
             raise CheckpointError(problem or f"process 0 found no sound step in {self.directory}.")
-        found = _agree(found)
+        found = agree(found)
         if found < 0:
             return None
         return self._read(found, abstract_state)
