@@ -67,7 +67,13 @@ class GeneratorConfig:
     steps: int = 2400
     """Optimiser steps of the model; a learned noise or a discriminator takes its own between them."""
     batch_size: int = 32
-    """Images in a batch, over all devices."""
+    """Images in a batch, over all devices and processes."""
+    accumulate: int = 1
+    """Parts of a batch computed one after another, to save memory; batch statistics are then those of a part."""
+    devices: int | None = None
+    """Devices over all processes; all there are if not given."""
+    model_parallel: int = 1
+    """Devices that share one copy of wide networks, each with a part of the output channels."""
 
     latent_dim: int = 16
     """Z, dimensions of z."""
@@ -171,6 +177,8 @@ RESUMABLE = (
     "workdir",
     "data",  # may have moved; its pixels are compared by their fingerprint
     "cache_dir",
+    "devices",
+    "model_parallel",
     "record_every",
     "sample_every",
     "save_every",
@@ -218,7 +226,7 @@ def check_config(config: GeneratorConfig, image_shape: tuple[int, int, int]) -> 
     _launch.require_at_least(
         config, 1, "steps", "batch_size", "latent_dim", "record_every", "sample_every", "save_every", "keep",
         "held_out_examples", "num_spread_samples", "num_latent_samples", "importance_samples", "discriminator_steps",
-        "width",
+        "width", "accumulate", "model_parallel",
     )  # fmt: skip
     _launch.require_at_least(config, 0, "seed", "warmup_steps", "mmd_weight")
     _launch.require_positive(config, "learning_rate", "discriminator_learning_rate", "generator_learning_rate")
@@ -277,8 +285,20 @@ def open_splits(config: GeneratorConfig, image_size: int, channels: int | None =
         **({"progress": _launch.silent} if config.quiet else {}),
     )
     datasets = {split: open_split(split) for split in ("train", "validation", "test")}
-    Loader(datasets["train"], batch_size=config.batch_size, seed=config.seed)
+    _loader(config, datasets["train"])
+    _train.mesh_of(config)
     return datasets
+
+
+def _loader(config: GeneratorConfig, dataset: Dataset) -> Loader:
+    """The batches of this process."""
+    return Loader(
+        dataset,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
 
 
 def with_scale_from_data(config: GeneratorConfig, dataset: Dataset) -> GeneratorConfig:
@@ -364,6 +384,7 @@ class Model:
             self.schedule,
             ema_decay=config.ema_decay,
             averaged=_train.generator_variables,
+            accumulate=config.accumulate,
         )
 
     @property
@@ -749,7 +770,7 @@ def train_run(
             dataclasses.replace(config, steps=model.num_steps),
             run,
             saver,
-            Loader(datasets["train"], batch_size=config.batch_size, seed=config.seed),
+            _loader(config, datasets["train"]),
             model.initial_state,
             model.train_step,
             evaluate,

@@ -19,9 +19,7 @@ __all__ = ["Discriminator28", "Discriminator64", "Encoder28", "Encoder64", "Gene
 
 def _normalise(x: jax.Array, train: bool, dtype: Any, axis_name: str | None) -> jax.Array:
     # Decay and epsilon of the published code; statistics stay float32 whatever the compute dtype.
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name
-    )(x)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name)(x)
 
 
 def _gaussian_head(h: jax.Array, latent_dim: int) -> tuple[jax.Array, jax.Array]:
