@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from experiments import _launch, _train
 from experiments._noise import LEARNED, NOISES, NoiseFamily, check_noise_config
@@ -347,9 +348,10 @@ class Model:
     Args:
       config: the settings.
       image_shape: (height, width, channels), of 64x64 or 28x28 pixels.
+      mesh: the devices it is trained on; none for one device, or to use it only.
     """
 
-    def __init__(self, config: GeneratorConfig, image_shape: tuple[int, int, int]):
+    def __init__(self, config: GeneratorConfig, image_shape: tuple[int, int, int], mesh: Mesh | None = None):
         self.config, self.image_shape = config, tuple(image_shape)
         self.pixels = math.prod(image_shape)
         self.adversarial = config.objective == "spread_gan"
@@ -385,6 +387,7 @@ class Model:
             ema_decay=config.ema_decay,
             averaged=_train.generator_variables,
             accumulate=config.accumulate,
+            mesh=mesh,
         )
 
     @property
@@ -751,7 +754,8 @@ def train_run(
       The model and what `_train.fit` returns; of a run whose results have its steps, the state of its newest
       checkpoint, 0 seconds and no rates.
     """
-    model = model_type(config, datasets["train"].image_shape)
+    mesh = _train.mesh_of(config)
+    model = model_type(config, datasets["train"].image_shape, mesh)
     metric, mode = model.best_metric
     with Checkpointer(run.checkpoints_path, keep=config.keep, best_metric=metric, best_mode=mode) as saver:
         if run.finished and run.results["steps"] >= config.steps:
@@ -774,6 +778,7 @@ def train_run(
             model.initial_state,
             model.train_step,
             evaluate,
+            mesh=mesh,
             say=say,
             headline=model.headline,
             check=model.noises.check,

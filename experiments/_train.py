@@ -56,6 +56,7 @@ def fit(
     train_step: Callable,
     evaluate: Callable[[int, Any], tuple[Mapping[str, float], str]],
     *,
+    mesh: Mesh,
     say: Callable[..., None],
     headline: Callable[[Mapping[str, float]], str],
     check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
@@ -71,6 +72,7 @@ def fit(
       train_step: (state, batch) -> (state, metrics).
       evaluate: (step, state) -> (metrics, a sentence for the terminal), every `sample_every` steps; the state is on one
         device, and every process evaluates.
+      mesh: where state and batches are placed, as `mesh_of` makes it.
       say: as made by `_launch.talker`.
       headline: metrics -> what of them the terminal shows.
       check: (step, metrics) -> None at every record; raises to stop the run before it saves.
@@ -79,7 +81,6 @@ def fit(
       TrainingInterrupted: a signal asked for it; the state is saved and the user told.
       UsageError: the loss stopped being finite; the message has the last good checkpoint and what to try.
     """
-    mesh = mesh_of(config)
     restored = saver.restore(abstract_state(jax.eval_shape(initial_state), mesh))
     if restored is None:
         state, start_step = place_state(initial_state(), mesh), 0

@@ -96,13 +96,11 @@ def test_eight_devices_equal_one(tmp_path):
         lambda name, seconds, **_: compiled.append(name) if is_compilation(name) else None
     )
 
-    compiled_step = make_train_step(make_loss(), SGD)
-
     def step(state, batch, mesh):
         """The step, and how many programs it compiled."""
         batch = jax.block_until_ready(place_batch(batch, mesh))
         before = len(compiled)
-        state, metrics = compiled_step(state, batch)
+        state, metrics = steps[mesh](state, batch)
         return state, float(metrics["loss"]), len(compiled) - before
 
     three = batches(3)
@@ -112,6 +110,7 @@ def test_eight_devices_equal_one(tmp_path):
         "eight": eight,
         "four pairs": make_mesh(model_parallel=2),
     }
+    steps = {mesh: make_train_step(make_loss(), SGD, mesh=mesh) for mesh in meshes.values()}
     assert meshes["four pairs"].devices.shape == (4, 2)
     with Checkpointer(tmp_path) as saver:
         for name, mesh in meshes.items():

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from spread_jax._checks import check_count
 from spread_jax._pytree import frozen_pytree
+from spread_jax.training.parallel import kept_in_place
 from spread_jax.training.state import Averaged, LossOutput, in_micro_batches, moving_average, params_only, with_gradient
 
 __all__ = [
@@ -175,6 +177,7 @@ def make_alternating_step(
     averaged: Averaged = params_only,
     accumulate: int = 1,
     keys_per_example: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[AlternatingState, PyTree], tuple[AlternatingState, dict[str, jax.Array]]]:
     r"""The compiled step of min over theta, max over psi of a spread divergence; the state is donated.
 
@@ -201,6 +204,7 @@ def make_alternating_step(
       averaged: (params, model_state) -> the part whose moving average is kept.
       accumulate: micro-batches in a step of either player, as in `make_train_step`.
       keys_per_example: give both objectives one key for each example, as in `make_train_step`.
+      mesh: where `place_state` has put the state, as in `make_train_step`.
 
     Returns:
       step(state, batch) -> (state, metrics), compiled; the state passed in must not be used again. The metrics
@@ -246,7 +250,7 @@ def make_alternating_step(
         new = dataclasses.replace(
             state, params=params, model_state=model_state, opt_state=opt_state, ema=ema, step=state.step + 1
         )
-        return new, _metrics(metrics, value, gradient, new.rise)
+        return kept_in_place(new, mesh), _metrics(metrics, value, gradient, new.rise)
 
     def ascend(state, batch):
         key = jax.random.fold_in(state.key, state.step)
@@ -276,7 +280,7 @@ def make_alternating_step(
             rise=jnp.where(schedule.begins_ascent(state.step), 0.0, state.rise) + gained,
             step=state.step + 1,
         )
-        return new, _metrics(metrics, value, gradient, new.rise)
+        return kept_in_place(new, mesh), _metrics(metrics, value, gradient, new.rise)
 
     players = {False: jax.jit(descend, donate_argnums=0), True: jax.jit(ascend, donate_argnums=0)}
     checked = schedule.ascent_steps == 0

@@ -123,6 +123,16 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree.map(sharding, state)
 
 
+def kept_in_place(state: PyTree, mesh: Mesh | None) -> PyTree:
+    """Inside of a compiled step: the state where `place_state` puts it, whatever XLA would choose.
+
+    Otherwise a step might return a leaf elsewhere than it was, and the next one would compile again.
+    """
+    if mesh is None or mesh.size == 1:
+        return state
+    return jax.lax.with_sharding_constraint(state, state_shardings(state, mesh))
+
+
 def abstract_state(state: PyTree, mesh: Mesh) -> PyTree:
     """A state's shapes, dtypes and places on a mesh, for `Checkpointer.restore`.
 

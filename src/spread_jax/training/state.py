@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from spread_jax._checks import check_count
 from spread_jax._pytree import frozen_pytree
 from spread_jax._random import example_keys
+from spread_jax.training.parallel import kept_in_place
 
 __all__ = ["LossOutput", "TrainState", "create_train_state", "make_train_step"]
 
@@ -167,6 +169,7 @@ def make_train_step(
     averaged: Averaged = params_only,
     accumulate: int = 1,
     keys_per_example: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
     r"""The compiled step: gradient, Optax update, moving average; the state is donated.
 
@@ -189,6 +192,7 @@ def make_train_step(
       accumulate: k, micro-batches in a step; it divides the batch size.
       keys_per_example: give the loss `example_keys` instead of one key. A loss without batch statistics has then
         the same value and gradient with every k, and inside of `jax.pmap` and `jax.shard_map`.
+      mesh: where `place_state` has put the state; it stays there. Not needed on one device.
 
     Returns:
       step(state, batch) -> (state, metrics), jitted; the state passed in must not be used again. The metrics
@@ -238,6 +242,6 @@ def make_train_step(
             ema=ema,
             key=state.key,
         )
-        return new_state, metrics
+        return kept_in_place(new_state, mesh), metrics
 
     return train_step
