@@ -98,7 +98,8 @@ def process_of_environment(environment: Mapping[str, str]) -> Process | None:
 
     Understood are, in this order: `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` and `JAX_COORDINATOR_ADDRESS`; a step of Slurm
     (srun); Open MPI and launchers that speak PMI, which need `JAX_COORDINATOR_ADDRESS` unless it is Open MPI 4; TPU
-    pods; an indexed Kubernetes job, where the `kubernetes` package is installed. A number that `JAX_*` does not give
+    pods; an indexed Kubernetes job, where the `kubernetes` package is installed; and `SPREAD_JAX_DISTRIBUTED=1`, which
+    leaves it all to JAX. A number that `JAX_*` does not give
     is taken from the launcher, so `JAX_COORDINATOR_ADDRESS` alone is enough for any of them.
     """
     read = lambda *names: next((int(environment[name]) for name in names if environment.get(name)), None)
@@ -122,6 +123,8 @@ def process_of_environment(environment: Mapping[str, str]) -> Process | None:
             f"There are {count} processes, and nothing tells them where to meet: set JAX_COORDINATOR_ADDRESS to the "
             "host name of process 0 and a free port, the same for all, such as node1:12345."
         )
+    if environment.get("SPREAD_JAX_DISTRIBUTED", "0") != "0":
+        return Process(index, None, {})
     pod = any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
     job = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
     if pod or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
