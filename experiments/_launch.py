@@ -140,9 +140,8 @@ def initialize_distributed() -> None:
     _set_cpu_flag()
     import jax
 
-    # Half a minute without a sign of life is the end of a process; a last one may be writing its results.
     try:
-        jax.distributed.initialize(**process.settings, heartbeat_timeout_seconds=30, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(**process.settings)
     except (RuntimeError, ValueError) as error:
         raise UsageError(
             f"Process {process.index} of {process.count} could not join the others: {str(error).splitlines()[0]}"
