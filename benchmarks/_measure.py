@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -49,6 +51,36 @@ def in_new_process(function: str, *, environment: Mapping[str, str] | None = Non
         if line.startswith(_MARK):
             return json.loads(line.removeprefix(_MARK))
     raise SideFailed((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:300])
+
+
+def in_new_processes(function: str, count: int, *, environment: Mapping[str, str] | None = None, **arguments) -> dict:
+    """What the first of several fresh processes, started as one run, returns of `function(**arguments)`.
+
+    Args:
+      function: as of `in_new_process`; it calls `experiments._launch.initialize_distributed`.
+      count: how many.
+      environment: variables to add.
+      arguments: of the function.
+
+    Raises:
+      SideFailed: a process ended with an error.
+    """
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    variables = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count)}
+    start = lambda index: in_new_process(
+        function, environment={**(environment or {}), **variables, "JAX_PROCESS_ID": str(index)}, **arguments
+    )
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        first, *_ = pool.map(start, range(count))
+    return first
+
+
+def xla_flags() -> str:
+    """The XLA flags of this process, without a number of devices, which a measurement chooses."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return " ".join(flag for flag in flags if not flag.startswith("--xla_force_host_platform_device_count"))
 
 
 def _answer(function: str, arguments: str) -> None:

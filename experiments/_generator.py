@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from experiments import _launch, _train
 from experiments._noise import LEARNED, NOISES, NoiseFamily, check_noise_config
@@ -68,7 +69,13 @@ class GeneratorConfig:
     steps: int = 2400
     """Optimiser steps of the model; a learned noise or a discriminator takes its own between them."""
     batch_size: int = 32
-    """Images in a batch, over all devices."""
+    """Images in a batch, over all devices and processes."""
+    accumulate: int = 1
+    """Parts of a batch computed one after another, to save memory; batch statistics are then those of a part."""
+    devices: int | None = None
+    """Devices over all processes; all there are if not given."""
+    model_parallel: int = 1
+    """Devices that share one copy of wide networks, each with a part of the output channels."""
 
     latent_dim: int = 16
     """Z, dimensions of z."""
@@ -172,6 +179,8 @@ RESUMABLE = (
     "workdir",
     "data",  # may have moved; its pixels are compared by their fingerprint
     "cache_dir",
+    "devices",
+    "model_parallel",
     "record_every",
     "sample_every",
     "save_every",
@@ -219,7 +228,7 @@ def check_config(config: GeneratorConfig, image_shape: tuple[int, int, int]) -> 
     _launch.require_at_least(
         config, 1, "steps", "batch_size", "latent_dim", "record_every", "sample_every", "save_every", "keep",
         "held_out_examples", "num_spread_samples", "num_latent_samples", "importance_samples", "discriminator_steps",
-        "width",
+        "width", "accumulate", "model_parallel",
     )  # fmt: skip
     _launch.require_at_least(config, 0, "seed", "warmup_steps", "mmd_weight")
     _launch.require_positive(config, "learning_rate", "discriminator_learning_rate", "generator_learning_rate")
@@ -278,8 +287,20 @@ def open_splits(config: GeneratorConfig, image_size: int, channels: int | None =
         **({"progress": _launch.silent} if config.quiet else {}),
     )
     datasets = {split: open_split(split) for split in ("train", "validation", "test")}
-    Loader(datasets["train"], batch_size=config.batch_size, seed=config.seed)
+    _loader(config, datasets["train"])
+    _train.mesh_of(config)
     return datasets
+
+
+def _loader(config: GeneratorConfig, dataset: Dataset) -> Loader:
+    """The batches of this process."""
+    return Loader(
+        dataset,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        host_index=jax.process_index(),
+        host_count=jax.process_count(),
+    )
 
 
 def with_scale_from_data(config: GeneratorConfig, dataset: Dataset) -> GeneratorConfig:
@@ -336,9 +357,10 @@ class Model:
     Args:
       config: the settings.
       image_shape: (height, width, channels), of 64x64 or 28x28 pixels.
+      mesh: the devices it is trained on; none for one device, or to use it only.
     """
 
-    def __init__(self, config: GeneratorConfig, image_shape: tuple[int, int, int]):
+    def __init__(self, config: GeneratorConfig, image_shape: tuple[int, int, int], mesh: Mesh | None = None):
         self.config, self.image_shape = config, tuple(image_shape)
         self.pixels = math.prod(image_shape)
         self.adversarial = config.objective == "spread_gan"
@@ -373,6 +395,8 @@ class Model:
             self.schedule,
             ema_decay=config.ema_decay,
             averaged=_train.generator_variables,
+            accumulate=config.accumulate,
+            mesh=mesh,
         )
 
     @property
@@ -739,7 +763,8 @@ def train_run(
       The model and what `_train.fit` returns; of a run whose results have its steps, the state of its newest
       checkpoint, 0 seconds and no rates.
     """
-    model = model_type(config, datasets["train"].image_shape)
+    mesh = _train.mesh_of(config)
+    model = model_type(config, datasets["train"].image_shape, mesh)
     metric, mode = model.best_metric
     with Checkpointer(
         run.checkpoints_path, keep=config.keep, best_metric=metric, best_mode=mode, run=run.identity
@@ -760,10 +785,11 @@ def train_run(
             dataclasses.replace(config, steps=model.num_steps),
             run,
             saver,
-            Loader(datasets["train"], batch_size=config.batch_size, seed=config.seed),
+            _loader(config, datasets["train"]),
             model.initial_state,
             model.train_step,
             evaluate,
+            mesh=mesh,
             say=say,
             headline=model.headline,
             check=model.noises.check,

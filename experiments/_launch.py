@@ -6,6 +6,7 @@ import argparse
 import csv
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import spread_jax
 from spread_jax.data import default_cache_dir
@@ -80,6 +81,82 @@ def configure_jax() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+class Process(NamedTuple):
+    """What the environment says of this process.
+
+    Attributes:
+      index: its number among those of the run, or None where only JAX finds out.
+      count: how many there are, or None.
+      settings: what `jax.distributed.initialize` is told; what is left out it finds by itself.
+    """
+
+    index: int | None
+    count: int | None
+    settings: Mapping[str, Any]
+
+
+def process_of_environment(environment: Mapping[str, str]) -> Process | None:
+    """Which of a run's processes a launcher has started this one as; None for a run of one process.
+
+    Understood are, in this order: `JAX_NUM_PROCESSES`, `JAX_PROCESS_ID` and `JAX_COORDINATOR_ADDRESS`; a step of Slurm
+    (srun); Open MPI and launchers that speak PMI, which need `JAX_COORDINATOR_ADDRESS` unless it is Open MPI 4; TPU
+    pods; an indexed Kubernetes job, where the `kubernetes` package is installed; and `SPREAD_JAX_DISTRIBUTED=1`, which
+    leaves it all to JAX. A number that `JAX_*` does not give
+    is taken from the launcher, so `JAX_COORDINATOR_ADDRESS` alone is enough for any of them.
+    """
+    read = lambda *names: next((int(environment[name]) for name in names if environment.get(name)), None)
+    count = read("JAX_NUM_PROCESSES", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    index = read("JAX_PROCESS_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "JOB_COMPLETION_INDEX")
+    address = environment.get("JAX_COORDINATOR_ADDRESS")
+    if count == 1:
+        return None
+    if count is not None:
+        if index is None:
+            raise UsageError(f"There are {count} processes: set JAX_PROCESS_ID to the number of each, from 0 on.")
+        if address:
+            settings = {"coordinator_address": address, "num_processes": count, "process_id": index}
+            # Several processes on a machine: each takes one accelerator, where the launcher numbers them.
+            local = read("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
+            own_device = local is not None and "JAX_LOCAL_DEVICE_IDS" not in environment
+            return Process(index, count, {**settings, **({"local_device_ids": local} if own_device else {})})
+        if "SLURM_STEP_NUM_TASKS" in environment or "OMPI_MCA_orte_hnp_uri" in environment:
+            return Process(index, count, {})
+        raise UsageError(
+            f"There are {count} processes, and nothing tells them where to meet: set JAX_COORDINATOR_ADDRESS to the "
+            "host name of process 0 and a free port, the same for all, such as node1:12345."
+        )
+    if environment.get("SPREAD_JAX_DISTRIBUTED", "0") != "0":
+        return Process(index, None, {})
+    pod = any("," in environment.get(name, "") for name in ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"))
+    job = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    if pod or "MEGASCALE_COORDINATOR_ADDRESS" in environment:
+        return Process(read("TPU_WORKER_ID"), None, {})
+    return Process(index, None, {}) if job and importlib.util.find_spec("kubernetes") else None
+
+
+def initialize_distributed() -> None:
+    """Joins the other processes of the run, if a launcher started several; must run before the first array is made."""
+    process = process_of_environment(os.environ)
+    if process is None:
+        return
+    _set_cpu_flag()
+    import jax
+
+    try:
+        jax.distributed.initialize(**process.settings)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"Process {process.index} of {process.count} could not join the others: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def first_process() -> bool:
+    """Whether this process speaks for the run."""
+    import jax
+
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
 def _set_cpu_flag() -> None:
     """Adds the flag if this jaxlib knows it: an unknown XLA flag aborts the process."""
     flags = os.environ.get("XLA_FLAGS", "")
@@ -113,8 +190,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs an experiment; what a user can cause ends with a sentence on stderr, not a traceback."""
+def run(main: Callable[[], int | None], *, in_all_processes: bool = False) -> None:
+    """Runs an experiment; what a user can cause ends with a sentence on stderr, not a traceback.
+
+    Args:
+      main: () -> an exit code, or None for 0.
+      in_all_processes: whether it shares its work among processes. Otherwise the first process does it, and the
+        others have nothing to do.
+    """
+    import jax
+
     from spread_jax.data import DatasetError
     from spread_jax.evaluation import FeaturesError
     from spread_jax.training import (
@@ -135,7 +220,12 @@ def run(main: Callable[[], int | None]) -> None:
         UsageError,
     )
     try:
-        code = main()
+        if in_all_processes:
+            initialize_distributed()
+            code = main()
+        else:
+            process = process_of_environment(os.environ)
+            code = main() if process is None or not process.index else 0
     except refusals as error:
         print(f"\nerror: {error}", file=sys.stderr)
         code = 1
@@ -143,6 +233,12 @@ def run(main: Callable[[], int | None]) -> None:
         code = 128 + interruption.signal
     except BrokenPipeError:
         code = 1
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized():
+            raise
+        print(f"\nerror: another process of the run has ended, or cannot be reached: {error}\nStart all of them "
+              "again to resume.", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(1)  # leaving in good order would wait for the others
     except KeyboardInterrupt:
         print("\nstopped. Repeat the command to start again.", file=sys.stderr)
         code = 130
@@ -280,14 +376,15 @@ def as_dict(config) -> dict:
 
 def print_result(results: Mapping) -> None:
     """The last line of every experiment."""
-    print("RESULT " + json.dumps(results), flush=True)
+    if first_process():
+        print("RESULT " + json.dumps(results), flush=True)
 
 
 def talker(*, quiet: bool) -> Callable[..., None]:
-    """say(sentence, always=False): prints unless quiet."""
+    """say(sentence, always=False): prints unless quiet; the first process speaks for all."""
 
     def say(sentence: str, *, always: bool = False) -> None:
-        if always or not quiet:
+        if (always or not quiet) and first_process():
             print(sentence, file=sys.stderr, flush=True)
 
     return say
@@ -348,4 +445,4 @@ class Progress:
 
 def progress(num_steps: int, start_step: int, *, quiet: bool) -> Progress:
     """A `Progress` to be entered."""
-    return Progress(num_steps, start_step, quiet=quiet)
+    return Progress(num_steps, start_step, quiet=quiet or not first_process())

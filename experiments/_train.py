@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from experiments import _launch
 from spread_jax.data import Dataset, Loader
@@ -21,6 +22,11 @@ from spread_jax.training import (
     StepRecord,
     StopRequest,
     TrainingInterrupted,
+    abstract_state,
+    local_copy,
+    make_mesh,
+    place_batch,
+    place_state,
     train,
 )
 
@@ -29,7 +35,7 @@ class Trained(NamedTuple):
     """What `fit` returns.
 
     Attributes:
-      state: after the last step.
+      state: after the last step, on one device.
       seconds: of this process's part of the run.
       images_per_second: median over its records, or None if there were no steps left.
       waiting_share: mean share of the time spent waiting for data, or None.
@@ -53,6 +59,7 @@ def fit(
     train_step: Callable,
     evaluate: Callable[[int, Any], tuple[Mapping[str, float], str]],
     *,
+    mesh: Mesh,
     say: Callable[..., None],
     headline: Callable[[Mapping[str, float]], str],
     check: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
@@ -63,10 +70,12 @@ def fit(
       config: a `GeneratorConfig`, whose `steps` are those of all players.
       run: gets a line of metrics at every record and evaluation.
       saver: gets the state every `save_every` steps.
-      loader: batches by step.
+      loader: batches by step, of this process.
       initial_state: () -> the state at step 0, with `params`.
       train_step: (state, batch) -> (state, metrics).
-      evaluate: (step, state) -> (metrics, a sentence for the terminal), every `sample_every` steps.
+      evaluate: (step, state) -> (metrics, a sentence for the terminal), every `sample_every` steps; the state is on one
+        device, and every process evaluates.
+      mesh: where state and batches are placed, as `mesh_of` makes it.
       say: as made by `_launch.talker`.
       headline: metrics -> what of them the terminal shows.
       check: (step, metrics) -> None at every record; raises to stop the run before it saves.
@@ -75,9 +84,9 @@ def fit(
       TrainingInterrupted: a signal asked for it; the state is saved and the user told.
       UsageError: the loss stopped being finite; the message has the last good checkpoint and what to try.
     """
-    restored = saver.restore(jax.eval_shape(initial_state))
+    restored = saver.restore(abstract_state(jax.eval_shape(initial_state), mesh))
     if restored is None:
-        state, start_step = initial_state(), 0
+        state, start_step = place_state(initial_state(), mesh), 0
     else:
         state, start_step = restored.state, restored.step
         say(f"resuming {run.path} after step {start_step}")
@@ -100,7 +109,7 @@ def fit(
         check(record.step, record.metrics)
 
     def on_evaluate(step: int, state: Any) -> Mapping[str, float]:
-        metrics, sentence = evaluate(step, state)
+        metrics, sentence = evaluate(step, local_copy(state))
         run.log_metrics(step, metrics)
         progress.note(sentence)
         return metrics
@@ -114,7 +123,7 @@ def fit(
                 state = train(
                     state,
                     train_step,
-                    (batch for _, batch in loader.iterate(start_step)),
+                    (place_batch(batch, mesh) for _, batch in loader.iterate(start_step)),
                     start_step=start_step,
                     num_steps=config.steps,
                     on_record=on_record,
@@ -143,12 +152,35 @@ def fit(
     timed = rates[1:] or rates
     seconds = time.perf_counter() - began
     return Trained(
-        state,
+        local_copy(state),
         seconds,
         float(np.median([rate for rate, _ in timed])) if timed else None,
         float(np.mean([waiting for _, waiting in timed])) if timed else None,
         stepping / seconds if timed else None,
     )
+
+
+def mesh_of(config: Any) -> Mesh:
+    """The devices a config asks for; refuses what cannot be divided among them, naming the flag.
+
+    Args:
+      config: has `devices`, `model_parallel`, `accumulate` and `batch_size`.
+    """
+    try:
+        mesh = make_mesh(config.devices, model_parallel=config.model_parallel)
+    except ValueError as error:
+        hint = " To make devices of a CPU, set XLA_FLAGS=--xla_force_host_platform_device_count=8."
+        raise _launch.UsageError(
+            f"--devices {config.devices or 'all'} with --model-parallel {config.model_parallel}: {error}"
+            f"{hint if jax.default_backend() == 'cpu' else ''}"
+        ) from None
+    parts = mesh.shape["data"] * config.accumulate
+    if config.batch_size % parts:
+        raise _launch.UsageError(
+            f"--batch-size must be a multiple of {parts}, the number of parts that {mesh.shape['data']} devices with "
+            f"--accumulate {config.accumulate} cut a batch into, got {config.batch_size}."
+        )
+    return mesh
 
 
 def parameters(state: Any) -> int:

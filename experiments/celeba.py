@@ -173,7 +173,8 @@ def _train_and_report(config, run, datasets, say) -> int:
         "seconds": trained.seconds,
         **{f"held_out_{name}": value for name, value in held_out.items()},
         "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
+        "devices": config.devices or jax.device_count(),
+        "processes": jax.process_count(),
         "versions": _launch.versions(),
     }
     run.write_results(results)
@@ -185,4 +186,4 @@ def _train_and_report(config, run, datasets, say) -> int:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    _launch.run(main, in_all_processes=True)

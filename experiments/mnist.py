@@ -351,9 +351,7 @@ def main(argv: list[str] | None = None) -> int:
             say(f"{workdir} is finished ({', '.join(kinds)}); raise --steps to go on.")
             _launch.print_result(run.results)
             return 0
-        trained = {
-            kind: train_noise(dataclasses.replace(config, noise=kind), run.path, datasets, say) for kind in kinds
-        }
+        trained = {kind: train_noise(dataclasses.replace(config, noise=kind), workdir, datasets, say) for kind in kinds}
         latents = _generator.latents(config)
         draw_samples(trained, latents, run.save_figure_path("samples.png"))
         if "low_rank" in trained:
@@ -370,6 +368,8 @@ def main(argv: list[str] | None = None) -> int:
             "batch_size": config.batch_size,
             "noises": {**done, **{kind: of_kind[2] for kind, of_kind in trained.items()}},
             "device": jax.devices()[0].device_kind,
+            "devices": config.devices or jax.device_count(),
+            "processes": jax.process_count(),
             "versions": _launch.versions(),
         }
         run.write_results(results)
@@ -381,4 +381,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    _launch.run(main, in_all_processes=True)

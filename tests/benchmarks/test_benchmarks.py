@@ -162,13 +162,19 @@ def test_step():
 
 @pytest.mark.slow
 def test_devices():
-    (table,) = devices.run(devices.Config(counts=(1, 2), width=2, batch_size=4, repeats=1))
-    one, two = table.rows
-    assert one["MiB sent"] == one["loss differs by"] == one["gradient differs by"] == 0
-    assert two["loss differs by"] < 1e-5
-    assert 0 < two["gradient differs by"] < 1e-4
+    tables = devices.run(
+        devices.Config(counts=(1, 2), model_parallel=(2,), processes=(2,), width=2, batch_size=4, steps=2)
+    )
+    one, two, pair, processes = tables[0].rows
+    assert one["MiB all-reduced"] == one["loss differs by"] == one["gradient differs by"] == 0
+    for row in (two, pair, processes):
+        assert row["loss differs by"] < 1e-5
+        assert 0 < row["gradient differs by"] < 1e-4
+        assert row["losses after SGD differ by"] < 1e-4
     # Each gradient is summed over the devices, and the batch statistics in both directions, which are small.
-    assert 1 <= two["MiB sent"] / two["gradient MiB"] < 1.5
+    assert 1 <= two["MiB all-reduced"] / two["gradient MiB"] < 1.5
+    assert processes["MiB all-reduced"] == two["MiB all-reduced"]
+    assert pair["MiB otherwise"] > 0
 
 
 @pytest.mark.slow

@@ -26,8 +26,9 @@ class Loader:
         batch_size: examples in the global batch, over all hosts.
         seed: non-negative integer; determines every permutation.
         host_index: which host this is.
-        host_count: hosts that share the global batch; this one takes rows
-            `[host_index::host_count]` of it.
+        host_count: hosts that share the global batch. Of its `batch_size = n * host_count` rows, in the order of
+            the global shuffle, this one reads the n from `host_index * n` on: the hosts' rows one after another
+            are then the batch of a single host, row for row, and what is drawn for each row is the same.
         prefetch: batches that `iterate` prepares ahead in its thread; 0 for no thread.
 
     Raises:
@@ -183,7 +184,8 @@ class Loader:
                 thread.join()
 
     def _host_indices(self, step: int) -> np.ndarray:
-        return self.indices(step)[self.host_index :: self.host_count]
+        rows = self.batch_size // self.host_count
+        return self.indices(step)[self.host_index * rows :][:rows]
 
     def _permutation(self, epoch: int) -> np.ndarray:
         with self._lock:

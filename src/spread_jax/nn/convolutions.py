@@ -58,7 +58,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, *, native: bool = Fal
     """
     if native:
         return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=_IMAGE)
-    return _conv(x, kernel, stride)
+    return _conv(*_varying_alike(x, kernel), stride)
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array, stride: int, *, native: bool = False) -> jax.Array:
@@ -80,7 +80,16 @@ def conv_transpose(x: jax.Array, kernel: jax.Array, stride: int, *, native: bool
     """
     if native:
         return lax.conv_transpose(x, kernel, (stride, stride), "SAME", dimension_numbers=_IMAGE)
-    return _conv_transpose(x, kernel, stride)
+    return _conv_transpose(*_varying_alike(x, kernel), stride)
+
+
+def _varying_alike(x, kernel):
+    """Both, varying over the devices of a `shard_map` if one is: a custom gradient must be of its argument's type."""
+    varying = [getattr(getattr(jax.typeof(a), "manual_axis_type", None), "varying", frozenset()) for a in (x, kernel)]
+    either = varying[0] | varying[1]
+    return tuple(
+        lax.pcast(a, tuple(sorted(either - own)), to="varying") for a, own in zip((x, kernel), varying, strict=True)
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

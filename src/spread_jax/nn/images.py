@@ -17,9 +17,9 @@ from spread_jax.nn.convolutions import Conv, ConvTranspose
 __all__ = ["Discriminator28", "Discriminator64", "Encoder28", "Encoder64", "Generator28", "Generator64"]
 
 
-def _normalise(x: jax.Array, train: bool, dtype: Any) -> jax.Array:
+def _normalise(x: jax.Array, train: bool, dtype: Any, axis_name: str | None) -> jax.Array:
     # Decay and epsilon of the published code; statistics stay float32 whatever the compute dtype.
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype)(x)
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name)(x)
 
 
 def _gaussian_head(h: jax.Array, latent_dim: int) -> tuple[jax.Array, jax.Array]:
@@ -50,6 +50,7 @@ class Encoder64(nn.Module):
       width: channels of the first convolution (published: 128).
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
+      axis_name: of `jax.pmap` or `jax.shard_map`, over whose devices batch statistics are taken in training.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, CelebA experiment.
 
@@ -66,6 +67,7 @@ class Encoder64(nn.Module):
     width: int = 128
     dtype: Any = jnp.float32
     native_gradients: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, y: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
@@ -79,7 +81,7 @@ class Encoder64(nn.Module):
                 dtype=self.dtype,
                 native=self.native_gradients,
             )(h)
-            h = nn.relu(_normalise(h, train, self.dtype))
+            h = nn.relu(_normalise(h, train, self.dtype, self.axis_name))
         return _gaussian_head(h.reshape(h.shape[0], -1), self.latent_dim)
 
 
@@ -96,6 +98,7 @@ class Generator64(nn.Module):
       start: height and width after the dense layer, 4 (spread divergence) or 8 (the WAE baseline).
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
+      axis_name: of `jax.pmap` or `jax.shard_map`, over whose devices batch statistics are taken in training.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, CelebA experiment; the 8x8 start is that of
     Tolstikhin et al., Wasserstein Auto-Encoders, ICLR 2018.
@@ -113,6 +116,7 @@ class Generator64(nn.Module):
     start: int = 4
     dtype: Any = jnp.float32
     native_gradients: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array, *, train: bool) -> jax.Array:
@@ -121,7 +125,7 @@ class Generator64(nn.Module):
         deepest = 8 * self.width
         h = nn.Dense(self.start**2 * deepest, use_bias=False, dtype=self.dtype)(z)
         h = h.reshape(h.shape[0], self.start, self.start, deepest)
-        h = nn.relu(_normalise(h, train, self.dtype))
+        h = nn.relu(_normalise(h, train, self.dtype, self.axis_name))
         sizes = (4, 2, 1, 0.5) if self.start == 4 else (4, 2, 1)
         for multiple in sizes:
             h = ConvTranspose(
@@ -131,7 +135,7 @@ class Generator64(nn.Module):
                 dtype=self.dtype,
                 native=self.native_gradients,
             )(h)
-            h = nn.relu(_normalise(h, train, self.dtype))
+            h = nn.relu(_normalise(h, train, self.dtype, self.axis_name))
         h = ConvTranspose(self.channels, dtype=self.dtype, native=self.native_gradients)(h)
         return nn.sigmoid(h.astype(jnp.float32))
 
@@ -146,6 +150,7 @@ class Encoder28(nn.Module):
       width: channels of the first convolution (published: 64).
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
+      axis_name: of `jax.pmap` or `jax.shard_map`, over whose devices batch statistics are taken in training.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, MNIST experiment, after Chen et al., InfoGAN, 2016.
 
@@ -161,15 +166,16 @@ class Encoder28(nn.Module):
     width: int = 64
     dtype: Any = jnp.float32
     native_gradients: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, y: jax.Array, *, train: bool) -> tuple[jax.Array, jax.Array]:
         layer = {"kernel_size": (4, 4), "stride": 2, "dtype": self.dtype, "native": self.native_gradients}
         h = nn.leaky_relu(Conv(self.width, **layer)(y), 0.1)
         h = Conv(2 * self.width, use_bias=False, **layer)(h)
-        h = nn.leaky_relu(_normalise(h, train, self.dtype), 0.1)
+        h = nn.leaky_relu(_normalise(h, train, self.dtype, self.axis_name), 0.1)
         h = nn.Dense(16 * self.width, use_bias=False, dtype=self.dtype)(h.reshape(h.shape[0], -1))
-        h = nn.leaky_relu(_normalise(h, train, self.dtype), 0.1)
+        h = nn.leaky_relu(_normalise(h, train, self.dtype, self.axis_name), 0.1)
         return _gaussian_head(h, self.latent_dim)
 
 
@@ -184,6 +190,7 @@ class Generator28(nn.Module):
       channels: image channels.
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
+      axis_name: of `jax.pmap` or `jax.shard_map`, over whose devices batch statistics are taken in training.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, MNIST experiment, after Chen et al., InfoGAN, 2016.
 
@@ -199,16 +206,17 @@ class Generator28(nn.Module):
     channels: int = 1
     dtype: Any = jnp.float32
     native_gradients: bool = False
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, z: jax.Array, *, train: bool) -> jax.Array:
         layer = {"kernel_size": (4, 4), "stride": 2, "dtype": self.dtype, "native": self.native_gradients}
         h = nn.Dense(16 * self.width, use_bias=False, dtype=self.dtype)(z)
-        h = nn.relu(_normalise(h, train, self.dtype))
+        h = nn.relu(_normalise(h, train, self.dtype, self.axis_name))
         h = nn.Dense(7 * 7 * 2 * self.width, use_bias=False, dtype=self.dtype)(h)
-        h = nn.relu(_normalise(h, train, self.dtype)).reshape(h.shape[0], 7, 7, 2 * self.width)
+        h = nn.relu(_normalise(h, train, self.dtype, self.axis_name)).reshape(h.shape[0], 7, 7, 2 * self.width)
         h = ConvTranspose(self.width, use_bias=False, **layer)(h)
-        h = nn.relu(_normalise(h, train, self.dtype))
+        h = nn.relu(_normalise(h, train, self.dtype, self.axis_name))
         h = ConvTranspose(self.channels, **layer)(h)
         return nn.sigmoid(h.astype(jnp.float32))
 

@@ -1,5 +1,6 @@
 """Objectives: callables in, named per-example terms in nats out."""
 
+from spread_jax._random import example_keys
 from spread_jax.objectives.adversarial import GanLosses, spread_gan_losses
 from spread_jax.objectives.elbo import ElboTerms, elbo, spread_elbo
 from spread_jax.objectives.importance import BoundTerms, spread_importance_bound
@@ -19,6 +20,7 @@ __all__ = [
     "GanLosses",
     "WaeTerms",
     "elbo",
+    "example_keys",
     "fisher_information",
     "gaussian_fisher_information",
     "gaussian_mle_variance",

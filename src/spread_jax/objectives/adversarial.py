@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_callable, check_same_event, check_samples
+from spread_jax._random import check_key, draw_noise, split_key
 from spread_jax.divergences.f_divergences import FDivergence, jensen_shannon
 from spread_jax.noise import SpreadNoise
 from spread_jax.noise._protocol import check_noise
@@ -59,7 +60,7 @@ def spread_gan_losses(
       generated: model samples g(z), [m, *event].
       critic: y [k, *event] -> v, [k] or [k, 1], any real numbers. Called once, on data then samples.
       noise: the spread noise p(y|x).
-      key: a JAX random key.
+      key: a JAX random key, or one for each example if there are as many generated: see `example_keys`.
       divergence: which f.
 
     Returns:
@@ -86,8 +87,10 @@ def spread_gan_losses(
     check_noise("noise", noise)
     if not isinstance(divergence, FDivergence):
         raise TypeError(f"divergence must be an FDivergence such as spread_jax.kl, got {type(divergence).__name__}.")
-    data_key, model_key = jax.random.split(key)
-    y = jnp.concatenate([noise.sample(x, key=data_key), noise.sample(generated, key=model_key)])
+    check_key(key, x.shape[0])
+    check_key(key, generated.shape[0])
+    data_key, model_key = split_key(key)
+    y = jnp.concatenate([draw_noise(noise, x, data_key), draw_noise(noise, generated, model_key)])
     v = jnp.asarray(critic(y))
     if v.shape not in ((y.shape[0],), (y.shape[0], 1)):
         raise ValueError(f"critic must return shape ({y.shape[0]},) or ({y.shape[0]}, 1), got {v.shape}.")

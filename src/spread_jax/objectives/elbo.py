@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_callable, check_count, check_examples
+from spread_jax._random import check_key, draw_noise, draw_normal, split_key
 from spread_jax.noise import SpreadNoise
 from spread_jax.noise._protocol import check_noise
 
@@ -60,7 +61,7 @@ def spread_elbo(
       encode: y [n, *event] -> (mean, log_std) of the Gaussian q(z|y), each [n, *latent].
       decode: z [n, *latent] -> x = g(z) [n, *event].
       noise: the spread noise p(y|x), the same for data and model.
-      key: a JAX random key.
+      key: a JAX random key, or one for each example: see `example_keys`.
       num_spread_samples: S_y, draws of y for each example.
       num_latent_samples: S_z, draws of z for each y.
       low_variance: replace log p(y|g(z)) by its expectation over a fresh y' ~ p(y'|x), in closed form
@@ -103,9 +104,10 @@ def spread_elbo(
             f"low_variance=True needs a noise with a closed-form expected_log_prob(x, x2); "
             f"{type(noise).__name__} has none, so pass low_variance=False."
         )
-    spread_key, latent_key = jax.random.split(key)
+    check_key(key, x.shape[0])
+    spread_key, latent_key = split_key(key)
     location = jnp.repeat(x, num_spread_samples, axis=0)
-    y = noise.sample(location, key=spread_key)
+    y = draw_noise(noise, location, spread_key)
     target, score = (location, noise.expected_log_prob) if low_variance else (y, noise.log_prob)
     return _bound(y, target, score, encode, decode, latent_key, num_latent_samples, x.shape[0], has_aux)
 
@@ -132,7 +134,7 @@ def elbo(
       encode: x [n, *event] -> (mean, log_std) of the Gaussian q(z|x), each [n, *latent].
       decode: z [n, *latent] -> the location of the decoder's distribution [n, *event].
       noise: the decoder's distribution p(x|g(z)).
-      key: a JAX random key.
+      key: a JAX random key, or one for each example: see `example_keys`.
       num_latent_samples: S_z, draws of z for each x.
       has_aux: `encode` and `decode` return (output, aux), such as new batch statistics.
 
@@ -155,6 +157,7 @@ def elbo(
     """
     x = check_examples("x", x)
     check_noise("noise", noise)
+    check_key(key, x.shape[0])
     return _bound(x, x, noise.log_prob, encode, decode, key, num_latent_samples, x.shape[0], has_aux)
 
 
@@ -169,7 +172,7 @@ def _bound(y, target, score, encode, decode, key, num_latent_samples, batch, has
 
     mean_s = jnp.repeat(mean, num_latent_samples, axis=0)
     std_s = jnp.repeat(jnp.exp(log_std), num_latent_samples, axis=0)
-    z = mean_s + std_s * jax.random.normal(key, mean_s.shape, mean_s.dtype)
+    z = mean_s + std_s * draw_normal(key, mean_s.shape, mean_s.dtype)
 
     decoded, decode_aux = _split_aux(decode(z), has_aux, "decode")
     target = jnp.repeat(target, num_latent_samples, axis=0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_callable, check_count, check_examples
+from spread_jax._random import check_key, draw_noise, draw_normal, split_key
 from spread_jax.noise import SpreadNoise
 from spread_jax.noise._protocol import check_noise
 from spread_jax.objectives.elbo import Decode, Encode, _check_posterior, _split_aux
@@ -54,7 +55,7 @@ def spread_importance_bound(
       encode: y [n, *event] -> (mean, log_std) of the Gaussian q(z|y), each [n, *latent].
       decode: z [n, *latent] -> x = g(z) [n, *event].
       noise: the spread noise p(y|x), the same for data and model.
-      key: a JAX random key.
+      key: a JAX random key, or one for each example: see `example_keys`.
       num_samples: K, draws of z for each y.
       num_spread_samples: draws of y for each example, over which both terms are averaged.
       has_aux: `encode` and `decode` return (output, aux), such as new batch statistics.
@@ -84,12 +85,13 @@ def spread_importance_bound(
     check_callable("decode", decode)
     num_samples = check_count("num_samples", num_samples)
     num_spread_samples = check_count("num_spread_samples", num_spread_samples)
-    spread_key, latent_key = jax.random.split(key)
-    y = noise.sample(jnp.repeat(x, num_spread_samples, axis=0), key=spread_key)
+    check_key(key, x.shape[0])
+    spread_key, latent_key = split_key(key)
+    y = draw_noise(noise, jnp.repeat(x, num_spread_samples, axis=0), spread_key)
     encoded, encode_aux = _split_aux(encode(y), has_aux, "encode")
     mean, log_std = (jnp.repeat(part, num_samples, axis=0) for part in _check_posterior(encoded, y))
 
-    epsilon = jax.random.normal(latent_key, mean.shape, mean.dtype)
+    epsilon = draw_normal(latent_key, mean.shape, mean.dtype)
     z = mean + jnp.exp(log_std) * epsilon
     decoded, decode_aux = _split_aux(decode(z), has_aux, "decode")
     target = jnp.repeat(y, num_samples, axis=0)

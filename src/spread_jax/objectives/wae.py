@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_batch, check_callable, check_examples, check_non_negative
+from spread_jax._random import check_key, draw_normal
 from spread_jax.divergences.mmd import InverseMultiquadricKernel, MixtureKernel, mmd_squared
 from spread_jax.objectives.elbo import Decode, _split_aux
 
@@ -48,7 +49,7 @@ def wae_mmd_loss(
       x: data [batch, *event], at least two examples.
       encode: e, x [n, *event] -> z [n, *latent].
       decode: g, z [n, *latent] -> x [n, *event].
-      key: a JAX random key for the prior samples.
+      key: a JAX random key for the prior samples, or one for each example: see `example_keys`.
       weight: lambda >= 0, in squared units of x; the published CelebA setting is 100.
       kernel: (z, z2) -> [n, m]; by default the published sum of seven inverse multiquadrics with
         c = 2 Z s for s in 0.1, 0.2, 0.5, 1, 2, 5, 10, Z the number of latent dimensions.
@@ -74,6 +75,7 @@ def wae_mmd_loss(
     check_callable("encode", encode)
     check_callable("decode", decode)
     check_non_negative("weight", weight)
+    check_key(key, x.shape[0])
     encoded, encode_aux = _split_aux(encode(x), has_aux, "encode")
     if isinstance(encoded, (tuple, list)):
         raise ValueError(f"encode must return one array z [n, *latent], got a {type(encoded).__name__}.")
@@ -91,7 +93,7 @@ def wae_mmd_loss(
         scales = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
         kernel = MixtureKernel([InverseMultiquadricKernel(2.0 * size * s) for s in scales], [1.0] * len(scales))
     reconstruction = jnp.square(x - decoded.astype(x.dtype)).reshape(x.shape[0], -1).sum(axis=1)
-    prior = jax.random.normal(key, z.shape, z.dtype)
+    prior = draw_normal(key, z.shape, z.dtype)
     mmd = mmd_squared(z, prior, kernel)
     terms = WaeTerms(loss=reconstruction.mean() + weight * mmd, reconstruction=reconstruction, mmd=mmd)
     return (terms, (encode_aux, decode_aux)) if has_aux else terms

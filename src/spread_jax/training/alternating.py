@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from spread_jax._checks import check_count
 from spread_jax._pytree import frozen_pytree
-from spread_jax.training.state import Averaged, LossOutput, moving_average, params_only
+from spread_jax.training.parallel import kept_in_place
+from spread_jax.training.state import Averaged, LossOutput, in_micro_batches, moving_average, params_only, with_gradient
 
 __all__ = [
     "AlternatingState",
@@ -172,6 +175,9 @@ def make_alternating_step(
     *,
     ema_decay: float = 0.999,
     averaged: Averaged = params_only,
+    accumulate: int = 1,
+    keys_per_example: bool = False,
+    mesh: Mesh | None = None,
 ) -> Callable[[AlternatingState, PyTree], tuple[AlternatingState, dict[str, jax.Array]]]:
     r"""The compiled step of min over theta, max over psi of a spread divergence; the state is donated.
 
@@ -196,6 +202,9 @@ def make_alternating_step(
       schedule: whose turn it is.
       ema_decay: decay of the model's moving average, in [0, 1), as in `make_train_step`.
       averaged: (params, model_state) -> the part whose moving average is kept.
+      accumulate: micro-batches in a step of either player, as in `make_train_step`.
+      keys_per_example: give both objectives one key for each example, as in `make_train_step`.
+      mesh: where `place_state` has put the state, as in `make_train_step`.
 
     Returns:
       step(state, batch) -> (state, metrics), compiled; the state passed in must not be used again. The metrics
@@ -204,7 +213,9 @@ def make_alternating_step(
       (see `AlternatingState.rise`).
 
     Raises:
-      ValueError: `ema_decay` is outside [0, 1), or, at the first step, the metrics' names differ.
+      TypeError: `accumulate` is no integer.
+      ValueError: `ema_decay` is outside [0, 1), or `accumulate` below 1, or, at the first step, it does not divide
+        the batch size or the metrics' names differ.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, section on maximising the spread.
 
@@ -222,47 +233,54 @@ def make_alternating_step(
     """
     if not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}.")
+    check_count("accumulate", accumulate)
+    over = functools.partial(in_micro_batches, accumulate=accumulate, keys_per_example=keys_per_example)
 
     def descend(state, batch):
         key = jax.random.fold_in(state.key, state.step)
 
-        def objective(params):
-            return loss(
-                params, state.noise_params, state.model_state, state.noise_state, batch, key=key, step=state.step
-            )
+        def objective(params, model_state, batch, key):
+            return loss(params, state.noise_params, model_state, state.noise_state, batch, key=key, step=state.step)
 
-        (value, output), gradient = jax.value_and_grad(objective, has_aux=True)(state.params)
+        one = functools.partial(with_gradient(objective), state.params)
+        (value, metrics, gradient), model_state = over(one, state.model_state, batch, key=key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = moving_average(state.ema, averaged(params, output.model_state), ema_decay, state.step)
+        ema = moving_average(state.ema, averaged(params, model_state), ema_decay, state.step)
         new = dataclasses.replace(
-            state, params=params, model_state=output.model_state, opt_state=opt_state, ema=ema, step=state.step + 1
+            state, params=params, model_state=model_state, opt_state=opt_state, ema=ema, step=state.step + 1
         )
-        return new, _metrics(output, value, gradient, new.rise)
+        return kept_in_place(new, mesh), _metrics(metrics, value, gradient, new.rise)
 
     def ascend(state, batch):
         key = jax.random.fold_in(state.key, state.step)
 
-        def objective(noise_params):
+        def objective(noise_params, noise_state, batch, key):
             return divergence(
-                state.params, noise_params, state.model_state, state.noise_state, batch, key=key, step=state.step
+                state.params, noise_params, state.model_state, noise_state, batch, key=key, step=state.step
             )
 
-        (value, output), gradient = jax.value_and_grad(objective, has_aux=True)(state.noise_params)
+        one = functools.partial(with_gradient(objective), state.noise_params)
+        (value, metrics, gradient), _ = over(one, state.noise_state, batch, key=key)
         downhill = jax.tree.map(jnp.negative, gradient)
         updates, opt_state = noise_optimizer.update(downhill, state.noise_opt_state, state.noise_params)
         noise_params = optax.apply_updates(state.noise_params, updates)
-        after, output_after = objective(noise_params)
+
+        def again(noise_state, batch, key):
+            after, output = objective(noise_params, noise_state, batch, key)
+            return after, output.model_state
+
+        after, noise_state = over(again, state.noise_state, batch, key=key)
         gained = (after - value).astype(state.rise.dtype)
         new = dataclasses.replace(
             state,
             noise_params=noise_params,
-            noise_state=output_after.model_state,  # of the new parameters
+            noise_state=noise_state,  # of the new parameters
             noise_opt_state=opt_state,
             rise=jnp.where(schedule.begins_ascent(state.step), 0.0, state.rise) + gained,
             step=state.step + 1,
         )
-        return new, _metrics(output, value, gradient, new.rise)
+        return kept_in_place(new, mesh), _metrics(metrics, value, gradient, new.rise)
 
     players = {False: jax.jit(descend, donate_argnums=0), True: jax.jit(ascend, donate_argnums=0)}
     checked = schedule.ascent_steps == 0
@@ -289,9 +307,9 @@ def make_alternating_step(
     return alternating_step
 
 
-def _metrics(output, value, gradient, rise):
+def _metrics(metrics, value, gradient, rise):
     return {
-        **output.metrics,
+        **metrics,
         "objective": value,
         "gradient_norm": optax.tree.norm(gradient),
         "divergence_rise": rise,

@@ -44,6 +44,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from spread_jax.training._files import flush_folder, reason, write_atomically
+from spread_jax.training._processes import agree
 
 PyTree = Any
 
@@ -392,15 +393,6 @@ def _print_to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _agree(value: int) -> int:
-    """The value process 0 has; the other processes' own value is ignored."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(value, np.int32)))
-
-
 def _free_bytes(folder: Path) -> int | None:
     try:
         usage = shutil.disk_usage(folder)
@@ -533,7 +525,7 @@ class Checkpointer:
                 f"the best step is chosen by {self._best_metric!r}, and the metrics of step {step} "
                 f"hold {sorted(metrics)}: pass it, or give another best_metric."
             )
-        if _agree(step in self._sealed()):
+        if agree(step in self._sealed()):
             return
         arrays, specs = _to_arrays(_named_leaves(state)[0])
         if not arrays:
@@ -636,7 +628,7 @@ class Checkpointer:
         failure, self._failure = self._failure, None
         failed = failure is not None
         if in_flight:
-            failed = bool(_agree(failed))
+            failed = bool(agree(failed))
         if failure is not None:
             raise failure
         if failed:
@@ -768,9 +760,9 @@ class Checkpointer:
                 found, problem = self._newest_sound()
         if problem is None and found >= 0 and jax.process_index() == 0:
             problem = self._problem_of_run(found)
-        if _agree(problem is not None):
+        if agree(problem is not None):
             raise CheckpointError(problem or f"process 0 found no sound step in {self.directory}.")
-        found = _agree(found)
+        found = agree(found)
         if found < 0:
             return None
         return self._read(found, abstract_state)

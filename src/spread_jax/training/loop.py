@@ -110,7 +110,7 @@ def train(
       evaluate_every: steps between evaluations; 0 for one at the end.
       save: (step, state, metrics) -> None, such as `Checkpointer.save`.
       save_every: steps between saves; 0 for one at the end.
-      stop: a request to stop, looked at between steps.
+      stop: a request to stop, looked at between steps; several processes stop after the same one.
 
     Returns:
       The state after `num_steps`.
@@ -160,7 +160,7 @@ def train(
             on_record(StepRecord(step, latest, rate, waited / elapsed if timed_steps else 0.0))
             clock, timed_steps, waited = time.perf_counter(), 0, 0.0
 
-        stopping = stop is not None and stop.requested and step < num_steps
+        stopping = stop is not None and step < num_steps and stop.agreed(step)
         evaluating = on_evaluate is not None and every(step, evaluate_every, num_steps)
         saving = save is not None and (every(step, save_every, num_steps) or stopping)
         if evaluating or saving:

@@ -20,18 +20,24 @@ import datetime
 import enum
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import math
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import jax
+
 from spread_jax.training._files import reason, write_atomically
+from spread_jax.training._processes import agree, several
 
 _NOT_FINITE = ("nan", "inf", "-inf")
 # What a crash while the folder was being made leaves behind: still a new folder.
@@ -46,7 +52,8 @@ class RunDirectoryError(RuntimeError):
 class RunDirectory:
     """A run's folder, open for writing; made by ``RunDirectory.open``.
 
-    In a run of several processes only process 0 opens it.
+    In a run of several processes all open it, and process 0 alone holds and writes it. To the others it is a folder
+    of their own that looks the same and is removed when it is closed; only ``checkpoints_path`` is that of all.
 
     Attributes:
       path: the folder.
@@ -81,6 +88,8 @@ class RunDirectory:
         self._lock: BinaryIO | None = lock
         self._log = log
         self._metrics: BinaryIO | None = None
+        self._shared = path
+        self._temporary: tempfile.TemporaryDirectory | None = None
         self._wants_events = tensorboard
         self._events: _Events | None = None
         self._purge_step: int | None = None
@@ -119,7 +128,13 @@ class RunDirectory:
           ...     run.finished
           False
         """
-        folder = Path(path).expanduser().absolute()
+        opened = functools.partial(
+            cls._open, Path(path).expanduser().absolute(), config, resumable_keys, log or _print_to_stderr, tensorboard
+        )
+        return cls._open_in_each_process(opened, path, config, resumable_keys) if several() else opened()
+
+    @classmethod
+    def _open(cls, folder, config, resumable_keys, log, tensorboard) -> RunDirectory:
         plain = _plain(config, "config")
         if not isinstance(plain, dict):
             raise TypeError(f"config is a {type(config).__name__}; give a mapping or a dataclass.")
@@ -141,10 +156,30 @@ class RunDirectory:
         try:
             _write_config(folder, plain, resumable_keys)
             identity = _identity(plain, resumable_keys)
-            return cls(folder, plain, lock, identity=identity, log=log or _print_to_stderr, tensorboard=tensorboard)
+            return cls(folder, plain, lock, identity=identity, log=log, tensorboard=tensorboard)
         except BaseException:
             lock.close()
             raise
+
+    @classmethod
+    def _open_in_each_process(cls, opened, path, config, resumable_keys) -> RunDirectory:
+        run, problem = None, None
+        if jax.process_index() == 0:
+            try:
+                run = opened()
+            except Exception as error:
+                problem = error
+        if agree(problem is not None):
+            raise problem or RunDirectoryError(f"process 0 could not open {path}; it says why.")
+        if run is None:
+            temporary = tempfile.TemporaryDirectory(prefix="spread_jax-")
+            run = cls._open(Path(temporary.name), config, resumable_keys, _print_to_stderr, False)
+            run._temporary, run._shared = temporary, Path(path).expanduser().absolute()
+            for name in ("metrics.jsonl", "results.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.copy(run._shared / name, run.path / name)
+        agree(0)  # process 0 goes on only when they have been read
+        return run
 
     @classmethod
     def reopen(cls, path: str | os.PathLike[str], *, log: Callable[[str], None] | None = None) -> RunDirectory:
@@ -199,6 +234,9 @@ class RunDirectory:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+            self._temporary = None
 
     # --- metrics
 
@@ -343,7 +381,7 @@ class RunDirectory:
     @property
     def checkpoints_path(self) -> Path:
         """Where this run's ``Checkpointer`` keeps its steps."""
-        return self.path / "checkpoints"
+        return self._shared / "checkpoints"
 
     @property
     def results(self) -> dict[str, Any] | None:

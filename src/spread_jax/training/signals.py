@@ -1,9 +1,17 @@
-"""Asking a run to stop: SIGTERM and Ctrl-C become a flag that the loop reads between steps."""
+"""Asking a run to stop: SIGTERM and Ctrl-C become a flag that the loop reads between steps.
+
+Of a run in several processes all must stop after the same step, or the last ones wait for ever for the first. JAX's
+preemption service, which `jax.distributed.initialize()` starts, sees to that: it catches SIGTERM in every process and
+makes them agree on a step.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+
+from spread_jax.training._processes import several
 
 __all__ = ["StopRequest"]
 
@@ -26,10 +34,33 @@ class StopRequest:
         """Whether a signal has come."""
         return self.signal is not None
 
+    def agreed(self, step: int) -> bool:
+        """Whether the run stops after this step: all processes ask after every step, and get the same answer.
+
+        Args:
+          step: steps taken.
+
+        Returns:
+          True once a signal has come, to any of the processes.
+
+        Example:
+          >>> StopRequest().agreed(1)
+          False
+        """
+        if not several():
+            return self.requested
+        from jax.experimental import multihost_utils
+
+        stopping = multihost_utils.reached_preemption_sync_point(step)
+        if stopping and self.signal is None:
+            self.signal = signal.SIGTERM
+        return stopping
+
     def __enter__(self) -> StopRequest:
         # Python lets only the main thread set handlers; elsewhere the caller's own handling stays.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            # In several processes SIGTERM is the preemption service's.
+            for number in (signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -42,3 +73,5 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if signal.SIGTERM not in self._previous:
+            os.kill(os.getpid(), signal.SIGTERM)

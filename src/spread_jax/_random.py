@@ -1,0 +1,86 @@
+"""Draws from one key for the whole batch, or from one key for each example."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["check_key", "draw_noise", "draw_normal", "example_keys", "split_key"]
+
+
+def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
+    """One key for each example, a function of its index alone: fold_in(key, index).
+
+    Objectives take such keys in the place of a single one. The noise of an example then does not depend on which
+    device, process, shard or micro-batch it is computed in, so that `jax.pmap`, `jax.shard_map` and gradient
+    accumulation give what one device gives for the whole batch. (Under `jax.jit` with sharded arrays a single key
+    does too: the program is that of the whole batch.)
+
+    Args:
+      key: a typed JAX random key, that of the step.
+      indices: [batch] integers, the examples' places in the batch of all devices and processes.
+
+    Returns:
+      [batch] keys.
+
+    Raises:
+      TypeError: the indices are no integers.
+      ValueError: they are not of shape [batch].
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from spread_jax import GaussianNoise, elbo
+      >>> keys = example_keys(jax.random.key(0), jnp.arange(4))
+      >>> encode = lambda x: (x, jnp.zeros_like(x))
+      >>> bound = lambda x, keys: elbo(x, encode, lambda z: z, GaussianNoise(1.0), key=keys).elbo
+      >>> x = jnp.arange(8.0).reshape(4, 2)
+      >>> bool((bound(x, keys)[2:] == bound(x[2:], keys[2:])).all())
+      True
+    """
+    indices = jnp.asarray(indices)
+    if not jnp.issubdtype(indices.dtype, jnp.integer):
+        raise TypeError(f"indices must be integers, got {indices.dtype}.")
+    if indices.ndim != 1:
+        raise ValueError(f"indices must have shape [batch], got {indices.shape}.")
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+
+
+def check_key(key: jax.Array, batch: int) -> None:
+    """Refuses keys that are neither one nor one for each example; what is no key at all JAX refuses itself."""
+    shape = getattr(key, "shape", ())
+    if _is_typed(key) and shape not in ((), (batch,)):
+        raise ValueError(f"key must be one random key or one for each of the {batch} examples, got shape {shape}.")
+
+
+def split_key(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two keys from one, or [batch] and [batch] from [batch]."""
+    if _is_for_examples(key):
+        pairs = jax.vmap(jax.random.split)(key)
+        return pairs[:, 0], pairs[:, 1]
+    first, second = jax.random.split(key)
+    return first, second
+
+
+def draw_normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+    """Standard normal numbers, those of an example next to one another where each has its key."""
+    if not _is_for_examples(key):
+        return jax.random.normal(key, shape, dtype)
+    rows = (shape[0] // key.shape[0], *shape[1:])
+    return jax.vmap(lambda key: jax.random.normal(key, rows, dtype))(key).reshape(shape)
+
+
+def draw_noise(noise, x: jax.Array, key: jax.Array) -> jax.Array:
+    """y ~ p(y|x) for x [n, *event], the rows of an example next to one another where each has its key."""
+    if not _is_for_examples(key):
+        return noise.sample(x, key=key)
+    rows = x.reshape(key.shape[0], x.shape[0] // key.shape[0], *x.shape[1:])
+    return jax.vmap(lambda x, key: noise.sample(x, key=key))(rows, key).reshape(x.shape)
+
+
+def _is_typed(key) -> bool:
+    dtype = getattr(key, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _is_for_examples(key) -> bool:
+    return _is_typed(key) and key.ndim == 1

@@ -1,0 +1,231 @@
+"""Several processes: what their environment says, and that two of them are one run."""
+
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from experiments import _launch, _train, mnist
+
+ROOT = Path(__file__).parents[2]
+ADDRESS = {"JAX_COORDINATOR_ADDRESS": "node1:12345"}
+SETTINGS = {"coordinator_address": "node1:12345", "num_processes": 4, "process_id": 3}
+
+
+@pytest.mark.parametrize(
+    ("environment", "index", "count", "settings"),
+    [
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, 3, 4, SETTINGS),
+        ({**ADDRESS, "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"}, 3, 4, SETTINGS),
+        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, 3, 4, {}),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_MCA_orte_hnp_uri": "1.0;tcp"}, 3, 4, {}),
+        (
+            {**ADDRESS, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
+            3,
+            4,
+            {**SETTINGS, "local_device_ids": 1},
+        ),
+        ({**ADDRESS, "PMI_SIZE": "4", "PMI_RANK": "3"}, 3, 4, SETTINGS),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, 1, None, {}),
+        ({"SPREAD_JAX_DISTRIBUTED": "1"}, None, None, {}),
+    ],
+)
+def test_launchers(environment, index, count, settings):
+    assert _launch.process_of_environment(environment) == (index, count, settings)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # in a batch script, outside of srun
+        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+        {"TPU_WORKER_HOSTNAMES": "localhost"},
+    ],
+)
+def test_one_process_is_left_alone(environment):
+    assert _launch.process_of_environment(environment) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "There are 2 processes: set JAX_PROCESS_ID"),
+        (
+            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
+            "set JAX_COORDINATOR_ADDRESS to the host name of process 0",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "set JAX_COORDINATOR_ADDRESS"),
+    ],
+)
+def test_what_is_missing_is_said(environment, message):
+    with pytest.raises(_launch.UsageError, match=message):
+        _launch.process_of_environment(environment)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"devices": 64}, "--devices 64 .* at most .* To make devices of a CPU, set XLA_FLAGS"),
+        ({"model_parallel": 3}, "--devices all with --model-parallel 3: model_parallel must divide"),
+        ({"batch_size": 8, "accumulate": 3}, "--batch-size must be a multiple of 3"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(flags, message):
+    with pytest.raises(_launch.UsageError, match=message):
+        _train.mesh_of(mnist.Config(**flags))
+
+
+def test_an_experiment_for_one_process_runs_in_the_first_only(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    for index in (0, 1):
+        monkeypatch.setenv("JAX_PROCESS_ID", str(index))
+        called = []
+        with pytest.raises(SystemExit) as ended:
+            _launch.run(lambda called=called: called.append(True))
+        assert ended.value.code == 0
+        assert called == [True] * (index == 0)
+
+
+# --- two processes, by the lines of the guide
+
+FLAGS = {
+    "width": 2,
+    "latent_dim": 2,
+    "batch_size": 8,
+    "max_examples": 64,
+    "held_out_examples": 8,
+    "record_every": 1,
+    "sample_every": 100_000,
+    "save_every": 100_000,
+    "noise_decay_every": 10,
+    "final_learning_rate_fraction": 1.0,
+    "learning_rate": 1e-4,
+}
+
+
+def flags(**more):
+    pairs = {**FLAGS, **more}.items()
+    return [
+        "--noise",
+        "gaussian",
+        *(str(part) for name, value in pairs for part in (f"--{name.replace('_', '-')}", value)),
+    ]
+
+
+def start_two(workdir, tmp_path, **more):
+    """The guide's lines, with this address, folder and these flags."""
+    page = (ROOT / "docs/guides/scaling.md").read_text(encoding="utf-8")
+    lines = next(
+        block for block in re.findall(r"^```bash\n(.*?)^```", page, flags=re.M | re.S) if "JAX_PROCESS_ID" in block
+    )
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    for found, used in {
+        "localhost:12345": f"localhost:{port}",
+        "runs/mnist/two": str(workdir),
+        "python -m": f"{sys.executable} -m",
+        "--noise gaussian": " ".join(flags(**more)),
+    }.items():
+        assert found in lines
+        lines = lines.replace(found, used)
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "SPREAD_JAX_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src"))),
+    }
+    return subprocess.Popen(
+        ["bash", "-c", lines], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def pid_of_the_first(workdir):
+    return int(re.search(r"process (\d+)", (workdir / ".lock").read_text())[1])
+
+
+def wait_for_steps(workdir, process, seconds=300):
+    metrics = workdir / "gaussian" / "metrics.jsonl"
+    for _ in range(10 * seconds):
+        if metrics.exists() and metrics.stat().st_size:
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    raise AssertionError("no step")
+
+
+def records(workdir):
+    lines = (workdir / "gaussian" / "metrics.jsonl").read_text().splitlines()
+    return {record["step"]: record["elbo"] for record in map(json.loads, lines) if "elbo" in record}
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, tmp_path):
+    monkeypatch.setattr(_launch, "configure_jax", lambda: None)
+    monkeypatch.setenv("SPREAD_JAX_CACHE", str(tmp_path / "cache"))
+    return lambda workdir, steps: mnist.main([*flags(steps=steps, quiet=True)[:-1], "--workdir", str(workdir)])
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_run_that_one_continues(tmp_path, in_this_process):
+    """A signal at one of them stops both after the same step; one goes on; all losses are those of one throughout."""
+    workdir = tmp_path / "two"
+    process = start_two(workdir, tmp_path, steps=100_000)
+    try:
+        wait_for_steps(workdir, process)
+        os.kill(pid_of_the_first(workdir), signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    told = [int(step) for step in re.findall(r"Stopped by SIGTERM after step (\d+)\. The state is saved", err)]
+    assert len(told) == 1, err  # the first process speaks for both
+    assert sorted(path.name for path in (workdir / "gaussian" / "checkpoints").iterdir()) == [str(told[0])]
+
+    steps = told[0] + 3
+    assert in_this_process(workdir, steps) == in_this_process(tmp_path / "one", steps) == 0
+    two, one = records(workdir), records(tmp_path / "one")
+    assert set(two) == set(one) == set(range(1, steps + 1))
+    for step, elbo in one.items():
+        assert math.isclose(two[step], elbo, rel_tol=1e-4), step
+    assert jax.process_count() == 1
+
+
+@pytest.mark.skipif("SPREAD_JAX_KILLS" not in os.environ, reason="set SPREAD_JAX_KILLS to kill one of two processes")
+def test_one_of_two_processes_is_killed(tmp_path):
+    """The other ends within a minute and says why; the same lines resume from the last checkpoint."""
+    workdir = tmp_path / "two"
+    process = start_two(workdir, tmp_path, steps=100_000, save_every=20)
+    try:
+        checkpoints = workdir / "gaussian" / "checkpoints"
+        for _ in range(3000):
+            if checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
+                break
+            time.sleep(0.1)
+        os.kill(pid_of_the_first(workdir), signal.SIGKILL)
+        began = time.monotonic()
+        _, err = process.communicate(timeout=90)
+        assert time.monotonic() - began < 60
+        assert "another process of the run has ended" in err or "distributed service" in err, err
+        saved = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+
+        process = start_two(workdir, tmp_path, steps=saved + 40, save_every=20)
+        _, err = process.communicate(timeout=300)
+        assert re.search(r"resuming .* after step \d+", err), err
+        assert json.loads((workdir / "results.json").read_text())["processes"] == 2
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
