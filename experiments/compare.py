@@ -11,8 +11,9 @@
   constant_sigma   fixed, the final noise scale from the start
   importance       fixed, by the importance-weighted bound
 
-and of each run of `fixed`, without training again: its last step in place of the moving average, and its latents drawn
-from a mixture of Gaussians or from a flow fitted to the aggregate posterior in place of the prior.
+and without training again: of each run with an encoder, samples whose latents are drawn from a mixture of Gaussians
+fitted to the aggregate posterior in place of the prior; of `fixed`, also from a flow, and by the networks of the last
+step in place of their moving average.
 
   python -m experiments.compare                                  synthetic faces, 64x64, about 50 minutes on 2 cores
   python -m experiments.compare --preset mnist --data PATH       MNIST in its idx format, about 45 minutes on 2 cores
@@ -48,6 +49,7 @@ MethodName = Literal[
     "learned_sigma", "constant_sigma", "importance",
 ]  # fmt: skip
 METHODS = get_args(MethodName)
+ROW_NAMES = {"": "{}", "mixture": "{}_mixture"}  # of what a run gives, others are of `fixed` alone
 SHOWN = 20  # samples of each row of samples.png
 _ELSEWHERE = tyro.conf.Suppress  # set by the method
 
@@ -80,12 +82,12 @@ class Config(GeneratorConfig):
     feature_steps: int = 600
     """Training steps of the features, where they are trained here."""
     mixture_components: int = 10
-    """Gaussians in the mixture of latents; 0 for no such row."""
+    """Gaussians in the mixture of latents; 0 for no such rows."""
     flow_steps: int = 1500
     """Adam steps of the flow of latents; 0 for no such row."""
     flow_couplings: int = 8
     """Couplings of the flow."""
-    latent_examples: int = 20_000
+    latent_examples: int = 5000
     """Training images whose posteriors the mixture and the flow are fitted to, at most."""
 
     steps: int = 1000
@@ -209,10 +211,17 @@ ROWS = {
     "spread_gan": Method("spread GAN", lambda c: {"objective": "spread_gan"}, ("fixed",)),
     "learned_sigma": Method("VAE, learned sigma", lambda c: {"objective": "elbo", "learned_scale": True}, ("vae",)),
     "last_step": Method("fixed, last step", None, ("fixed",)),
-    "mixture": Method("fixed, mixture of latents", None, ("fixed",)),
     "flow": Method("fixed, flow of latents", None, ("fixed",)),
     "constant_sigma": Method("fixed, constant sigma", lambda c: {"noise_scale": c.final_noise_scale}, ("fixed",)),
     "importance": Method("fixed, importance bound", lambda c: {"objective": "importance"}, ("fixed",)),
+}
+# How near the generator's images come to the data, with latents that suit it, apart from how near N(0, I) comes to those.
+ROWS |= {
+    f"{name}_mixture": Method(
+        f"{ROWS[name].title}, mixture of latents", None, (name, *(f"{other}_mixture" for other in ROWS[name].baselines))
+    )
+    for name in METHODS
+    if name != "spread_gan"
 }
 
 
@@ -304,7 +313,7 @@ def train_and_score(config: Config, method: str, seed: int, folder: Path, refere
             "method": method,
             "seed": seed,
             "steps": settings.steps,
-            "rows": {(method if name == "" else name): {**found, **(of_run if name == "" else {})}
+            "rows": {ROW_NAMES.get(name, name).format(method): {**found, **(of_run if name == "" else {})}
                      for name, found in scores.items()},
             "device": jax.devices()[0].device_kind,
             "versions": _launch.versions(),
@@ -333,7 +342,7 @@ def score(
       model: of the run.
       state: after its last step.
       reference: what samples are measured against.
-      fixed: whether to score the last step, and other densities of the latents, too.
+      fixed: whether to score the last step, and a flow of latents, too.
     """
     settings, count = model.config, len(reference.images)
     key = _generator.evaluation_key(settings)
@@ -347,6 +356,9 @@ def score(
     of_latents = {"": own}
     if fixed:
         samplers["last_step"] = (model.current(state), prior)
+    with_mixture = config.mixture_components and not model.adversarial
+    with_flow = config.flow_steps and fixed
+    if with_mixture or with_flow:
         found = {
             split: _latents.posteriors(
                 model, state, reference.datasets[split], count=config.latent_examples,
@@ -355,11 +367,11 @@ def score(
             for index, split in enumerate(("train", "validation", "test"), 1)
         }  # fmt: skip
         densities = {"": prior}
-        if config.mixture_components:
+        if with_mixture:
             densities["mixture"] = _latents.fit_mixture(
                 found["train"], components=config.mixture_components, seed=settings.seed
             )
-        if config.flow_steps:
+        if with_flow:
             densities["flow"] = _latents.fit_flow(
                 found["train"],
                 found["validation"],
@@ -547,10 +559,14 @@ def draw_samples(folder: Path, rows: Mapping, path: Path) -> None:
 
     shown = {}
     for row, seeds in rows.items():
-        method = row if ROWS[row].changes else "fixed"
-        file = folder / f"{method}-{min(seeds)}" / "shown.npz"
-        with np.load(file, allow_pickle=False) as arrays:
-            shown[row] = arrays["own" if ROWS[row].changes else row]
+        if ROWS[row].changes:
+            method, name = row, "own"
+        elif row.endswith("_mixture"):
+            method, name = row.removesuffix("_mixture"), "mixture"
+        else:
+            method, name = "fixed", row
+        with np.load(folder / f"{method}-{min(seeds)}" / "shown.npz", allow_pickle=False) as arrays:
+            shown[row] = arrays[name]
     images = next(iter(shown.values()))
     columns = len(images) if images.shape[1] < 64 else len(images) // 2
     scale = 0.45 if images.shape[1] < 64 else 0.75

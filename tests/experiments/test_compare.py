@@ -124,20 +124,25 @@ def test_tables_are_numpys_means_and_errors_of_the_runs(finished):
     results = results_of(finished)
     assert results["runs"] == ["fixed-0", "fixed-1", "vae-0", "vae-1"]
     lines = {line["method"]: line for line in results["table"]}
-    assert list(lines) == ["vae", "fixed", "last_step", "mixture", "flow"]
+    assert list(lines) == ["vae", "fixed", "last_step", "flow", "vae_mixture", "fixed_mixture"]
     runs = {(m, s): results_of(finished / f"{m}-{s}")["rows"] for m in ("vae", "fixed") for s in (0, 1)}
     for row, line in lines.items():
-        scores = [runs["vae" if row == "vae" else "fixed", seed][row] for seed in (0, 1)]
+        scores = [runs["vae" if row.startswith("vae") else "fixed", seed][row] for seed in (0, 1)]
         for metric in METRICS:
             values = [s[metric] for s in scores]
             assert line[metric] == pytest.approx(np.mean(values))
             assert line[f"{metric}_standard_error"] == pytest.approx(scipy.stats.sem(values), abs=1e-12)
     # Seeds matter, and the rows of one run differ from each other.
-    assert len({s[row]["frechet_distance"] for s in runs.values() for row in s}) == 10
+    assert len({s[row]["frechet_distance"] for s in runs.values() for row in s}) == 12
     changes = {(line["method"], line["baseline"]): line for line in results["differences"]}
-    assert set(changes) == {("fixed", "vae"), *((row, "fixed") for row in ("last_step", "mixture", "flow"))}
+    assert set(changes) == {
+        ("fixed", "vae"), ("vae_mixture", "vae"), ("fixed_mixture", "vae_mixture"),
+        *((row, "fixed") for row in ("last_step", "flow", "fixed_mixture")),
+    }  # fmt: skip
     for (row, baseline), line in changes.items():
-        mine, theirs = ([runs["vae" if r == "vae" else "fixed", s][r] for s in (0, 1)] for r in (row, baseline))
+        mine, theirs = (
+            [runs["vae" if r.startswith("vae") else "fixed", s][r] for s in (0, 1)] for r in (row, baseline)
+        )
         pairs = [a["sharpness"] - b["sharpness"] for a, b in zip(mine, theirs, strict=True)]
         assert line["sharpness"] == pytest.approx(np.mean(pairs))
         assert line["sharpness_standard_error"] == pytest.approx(scipy.stats.sem(pairs))
