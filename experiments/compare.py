@@ -215,7 +215,7 @@ ROWS = {
     "constant_sigma": Method("fixed, constant sigma", lambda c: {"noise_scale": c.final_noise_scale}, ("fixed",)),
     "importance": Method("fixed, importance bound", lambda c: {"objective": "importance"}, ("fixed",)),
 }
-# How near the generator's images come to the data, with latents that suit it, apart from how near N(0, I) comes to those.
+# How near g comes to the data where z suits it, apart from how near N(0, I) comes to such z.
 ROWS |= {
     f"{name}_mixture": Method(
         f"{ROWS[name].title}, mixture of latents", None, (name, *(f"{other}_mixture" for other in ROWS[name].baselines))
