@@ -771,7 +771,7 @@ def train_run(
     ) as saver:
         if _launch.finished_steps(run) >= config.steps:
             state = saver.restore(jax.eval_shape(model.initial_state)).state
-            return model, _train.Trained(state, 0.0, None, None)
+            return model, _train.Trained(state, 0.0, None, None, None)
 
         def evaluate(step: int, state: Any) -> tuple[dict[str, float], str]:
             numbers = model.held_out(state, datasets["validation"], evaluation_key(config))
