@@ -89,7 +89,7 @@ format: $(VENV)/.dev ## Mend style and formatting
 	$(RUN) -m ruff format .
 
 .PHONY: docs
-docs: $(VENV)/.docs ## Build the documentation into site/, running its tutorial; open site/index.html
+docs: $(VENV)/.docs ## Build the documentation into site/, running its tutorials; open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict $(ARGS)
 
 package: $(VENV)/.dev ## Build the wheel and the source archive into dist/

@@ -169,6 +169,9 @@ class GeneratorConfig:
     """Checkpoints to keep, besides the best."""
     held_out_examples: int = 500
     """Images of the test split in the final evaluation, of the validation split in the ones before."""
+    on_log: str | None = None
+    """A function of (step, metrics) to call for every record, to send it elsewhere: `package.module:function` or
+    `path/to/file.py:function`. One that raises is told of once and not called again in that run."""
     quiet: bool = False
     """Print only the RESULT line and errors."""
 
@@ -316,9 +319,12 @@ def with_scale_from_data(config: GeneratorConfig, dataset: Dataset) -> Generator
 
 
 def saved_config(config: GeneratorConfig, dataset: Dataset) -> dict[str, Any]:
-    """What a run's folder keeps of its settings; `load_config` reads it back."""
+    """What a run's folder keeps of its settings; `load_config` reads it back.
+
+    Not the hook of `on_log`, which is no part of the run: a folder from elsewhere must not name code.
+    """
     return {
-        **_launch.as_dict(config),
+        **{name: value for name, value in _launch.as_dict(config).items() if name != "on_log"},
         "data_fingerprint": dataset.fingerprint,
         "image_shape": list(dataset.image_shape),
     }
@@ -331,7 +337,7 @@ def load_config(saved: Mapping[str, Any]) -> tuple[GeneratorConfig, tuple[int, i
       KeyError, ValueError: it is that of something else.
       UsageError: its settings cannot work.
     """
-    config, shape = _launch.config_from(GeneratorConfig, saved), saved["image_shape"]
+    config, shape = _launch.config_from(GeneratorConfig, {**saved, "on_log": None}), saved["image_shape"]
     if not isinstance(shape, list) or len(shape) != 3 or not all(type(n) is int and 0 < n <= 4096 for n in shape):
         raise ValueError(f"image_shape is {json.dumps(shape)[:60]}")
     check_config(config, tuple(shape))

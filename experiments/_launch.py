@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pkgutil
 import platform
 import subprocess
 import sys
@@ -306,6 +307,48 @@ def require_positive(config, *names: str) -> None:
         value = getattr(config, name)
         if not 0 < value < float("inf"):
             raise UsageError(f"--{name.replace('_', '-')} must be positive and finite, got {value}.")
+
+
+Hook = Callable[[int, Mapping[str, float]], object]
+
+
+def load_hook(text: str | None) -> Hook | None:
+    """The function of (step, metrics) that `--on-log` names, for `RunDirectory.open`; None for None.
+
+    Only ever called with what the user typed: no run's folder names one.
+
+    Args:
+      text: `package.module:function` or `path/to/file.py:function`.
+
+    Raises:
+      UsageError: its module cannot be imported, or has no such function.
+    """
+    if text is None:
+        return None
+    place, _, name = text.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location("on_log_of_the_user", place)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            hook = getattr(module, name)
+        else:
+            hook = pkgutil.resolve_name(text)
+        if not callable(hook):
+            raise TypeError(f"that is a {type(hook).__name__}")
+    except Exception as error:  # of the user's own module, whatever it is
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"--on-log {text} cannot be used, {why}. Give package.module:function or path/to/file.py:function."
+        ) from error
+    return hook
+
+
+def prefixed(hook: Hook | None, name: str) -> Hook | None:
+    """The hook for one of several runs: metrics are named `<name>/<metric>`."""
+    if hook is None:
+        return None
+    return lambda step, metrics: hook(step, {f"{name}/{metric}": value for metric, value in metrics.items()})
 
 
 def run_once(

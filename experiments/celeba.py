@@ -125,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     _generator.check_config(config, (IMAGE_SIZE, IMAGE_SIZE, 3))
     _launch.configure_jax()
     say = _launch.talker(quiet=config.quiet)
+    on_log = _launch.load_hook(config.on_log)
 
     # Data first: what is wrong with it is said before anything is written.
     datasets = _generator.open_splits(config, IMAGE_SIZE)
@@ -132,9 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     say(f"data: {datasets['train'].source}: " + ", ".join(f"{len(d):,} {s}" for s, d in datasets.items()))
 
     workdir = Path(config.workdir or _generator.default_workdir(config, "celeba"))
-    with RunDirectory.open(
-        workdir, _generator.saved_config(config, datasets["train"]), resumable_keys=RESUMABLE
-    ) as run:
+    saved = _generator.saved_config(config, datasets["train"])
+    with RunDirectory.open(workdir, saved, resumable_keys=RESUMABLE, on_log=on_log) as run:
         if _launch.finished_steps(run) >= config.steps:
             say(f"{workdir} is finished ({run.results['steps']} steps); raise --steps to go on.")
             _launch.print_result(run.results)

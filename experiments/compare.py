@@ -286,7 +286,15 @@ class Reference(NamedTuple):
     features: np.ndarray
 
 
-def train_and_score(config: Config, method: str, seed: int, folder: Path, reference: Reference, say: Callable) -> dict:
+def train_and_score(
+    config: Config,
+    method: str,
+    seed: int,
+    folder: Path,
+    reference: Reference,
+    say: Callable,
+    on_log: _launch.Hook | None = None,
+) -> dict:
     """Trains or resumes or reads one run: its results, with the scores of each row that it gives."""
     settings = run_config(config, method, seed)
     saved = {
@@ -295,7 +303,8 @@ def train_and_score(config: Config, method: str, seed: int, folder: Path, refere
         "features_fingerprint": reference.extract.fingerprint,
         **{name: getattr(config, name) for name in SCORING},
     }
-    with RunDirectory.open(folder, saved, resumable_keys=RESUMABLE, tensorboard=False) as run:
+    on_log = _launch.prefixed(on_log, folder.name)
+    with RunDirectory.open(folder, saved, resumable_keys=RESUMABLE, tensorboard=False, on_log=on_log) as run:
         if run.finished:
             return run.results
         say(f"{method}, seed {seed}")
@@ -616,6 +625,7 @@ def main(argv: list[str] | None = None) -> int:
     config = _launch.parse(Config, PRESETS, "faces", argv)
     _launch.configure_jax()
     say = _launch.talker(quiet=config.quiet)
+    on_log = _launch.load_hook(config.on_log)
 
     config = dataclasses.replace(config, methods=tuple(m for m in METHODS if m in config.methods))
     channels = 1 if config.image_size == 28 else None
@@ -645,7 +655,7 @@ def main(argv: list[str] | None = None) -> int:
         real = real_scores(config, reference)
         for index, (method, seed) in enumerate(wanted):
             say(f"run {index + 1} of {len(wanted)}")
-            train_and_score(config, method, seed, run.path / f"{method}-{seed}", reference, say)
+            train_and_score(config, method, seed, run.path / f"{method}-{seed}", reference, say, on_log)
             results = publish(config, run, reference, real)
         rows = by_row(finished_runs(run.path))
         draw_comparison(rows, results["table"], real, run.save_figure_path("comparison.png"))

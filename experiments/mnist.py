@@ -227,10 +227,17 @@ def transform_numbers(model: Model, state: Any, images: np.ndarray) -> dict[str,
     }
 
 
-def train_noise(config: Config, workdir: Path, datasets: dict, say: Callable) -> tuple:
+def train_noise(
+    config: Config, workdir: Path, datasets: dict, say: Callable, on_log: _launch.Hook | None = None
+) -> tuple:
     """Trains or resumes or reloads one noise in its own folder: (model, final state, results, records)."""
     saved = _generator.saved_config(config, datasets["train"])
-    with RunDirectory.open(workdir / config.noise, saved, resumable_keys=set(RESUMABLE) - {"noise"}) as run:
+    with RunDirectory.open(
+        workdir / config.noise,
+        saved,
+        resumable_keys=set(RESUMABLE) - {"noise"},
+        on_log=_launch.prefixed(on_log, config.noise),
+    ) as run:
         model, trained = _generator.train_run(config, run, datasets, say=say, model_type=Model)
         state = trained.state
         if _launch.finished_steps(run) >= config.steps:
@@ -334,6 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     _generator.check_config(config, IMAGE)
     _launch.configure_jax()
     say = _launch.talker(quiet=config.quiet)
+    on_log = _launch.load_hook(config.on_log)
 
     # Data first: what is wrong with it is said before anything is written.
     datasets = _generator.open_splits(config, IMAGE[0], IMAGE[2])
@@ -345,13 +353,16 @@ def main(argv: list[str] | None = None) -> int:
     workdir = Path(config.workdir or _generator.default_workdir(usual, "mnist"))
     saved = _generator.saved_config(config, datasets["train"])
     with RunDirectory.open(workdir, saved, resumable_keys=RESUMABLE, tensorboard=False) as run:
-        done = (run.results or {}).get("noises")
+        done = (run.results or {}).get("noises", {})
+        done = done if isinstance(done, dict) else {}  # damaged, or none of this library's
         steps_of = lambda kind: done[kind].get("steps", 0) if isinstance(done.get(kind), dict) else 0
-        if isinstance(done, dict) and all(steps_of(kind) >= config.steps for kind in kinds):
+        if all(steps_of(kind) >= config.steps for kind in kinds):
             say(f"{workdir} is finished ({', '.join(kinds)}); raise --steps to go on.")
             _launch.print_result(run.results)
             return 0
-        trained = {kind: train_noise(dataclasses.replace(config, noise=kind), workdir, datasets, say) for kind in kinds}
+        trained = {
+            kind: train_noise(dataclasses.replace(config, noise=kind), workdir, datasets, say, on_log) for kind in kinds
+        }
         latents = _generator.latents(config)
         draw_samples(trained, latents, run.save_figure_path("samples.png"))
         if "low_rank" in trained:

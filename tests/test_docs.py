@@ -8,7 +8,9 @@ import re
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -45,8 +47,40 @@ def slug(heading):
     return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
+@pytest.fixture
+def trackers(monkeypatch):
+    """Stand-ins for packages that a guide sends metrics to: what it may call of each, with what."""
+
+    def wandb_init(*, project: str, id: str, resume: str): ...
+    def wandb_log(data, step=None, commit=None): ...
+    def mlflow_start_run(run_id=None, *, run_name=None): ...
+    def mlflow_log_metrics(metrics, step=None): ...
+
+    known = {
+        "wandb": {"init": wandb_init, "log": wandb_log},
+        "mlflow": {"start_run": mlflow_start_run, "log_metrics": mlflow_log_metrics, "active_run": lambda: None},
+    }
+    for name, functions in known.items():
+        module = types.SimpleNamespace(**{n: mock.create_autospec(f, return_value=None) for n, f in functions.items()})
+        monkeypatch.setitem(sys.modules, name, module)
+    sys.modules["wandb"].run = None
+    return types.SimpleNamespace(**{name: sys.modules[name] for name in known})
+
+
+def test_hooks_of_the_guide_send_every_number(trackers):
+    blocks = python_blocks((DOCS / "guides" / "track_runs.md").read_text(encoding="utf-8"))
+    for block in blocks[:2]:
+        namespace = {}
+        exec(block, namespace)
+        namespace["log"](20, {"elbo": -1.5})
+    trackers.wandb.init.assert_called_once()
+    trackers.wandb.log.assert_called_once_with({"trained steps": 20, "elbo": -1.5})
+    trackers.mlflow.start_run.assert_called_once()
+    trackers.mlflow.log_metrics.assert_called_once_with({"elbo": -1.5}, step=20)
+
+
 @pytest.mark.parametrize("path", [p for p in PAGES if python_blocks(p.read_text(encoding="utf-8"))], ids=name_of)
-def test_python_blocks_run(path, capsys):
+def test_python_blocks_run(path, capsys, trackers):
     """Blocks of a page share a namespace, as for a reader who types them one after another."""
     namespace = {"__name__": "page"}
     for number, block in enumerate(python_blocks(path.read_text(encoding="utf-8"))):
@@ -74,7 +108,10 @@ def test_tutorials_run_and_find_what_they_say(path, monkeypatch, capsys):
         assert len(pyplot.get_fignums()) == path.read_text(encoding="utf-8").count("plt.subplots(")
     finally:
         pyplot.close("all")
-    printed = capsys.readouterr().out
+    CLAIMS[path.stem](capsys.readouterr().out)
+
+
+def claims_of_why_zero_likelihood(printed):
     for angle in re.findall(r"smallest at angle ([\d.]+)", printed):
         assert abs(float(angle) - 0.5) < 0.02
     estimate, error = map(float, re.search(r"^kl +([\d.]+) ± ([\d.]+)", printed, flags=re.M).groups())
@@ -82,6 +119,34 @@ def test_tutorials_run_and_find_what_they_say(path, monkeypatch, capsys):
     to_data, to_samples = (float(number) for number in re.findall(r"mean distance .*: ([\d.]+)", printed))
     assert to_data < 0.2
     assert to_samples < 0.1
+
+
+def claims_of_learn_the_spread(printed):
+    entropies = re.findall(r"^entropy of .*: ([\d.]+) nats", printed, flags=re.M)
+    assert len(entropies) == 2
+    assert len(set(entropies)) == 1
+    isotropic, best, worst = (
+        float(re.search(rf"{name}.*? sees? ([\d.]+)", printed)[1])
+        for name in ("isotropic noise", "best direction", "worst")
+    )
+    assert best > 5 * isotropic > 25 * worst
+    steps = dict(re.findall(r"^(\w+): (.+) steps to an error", printed, flags=re.M))
+    assert steps["across"] == "over 60"
+    assert 0 < int(steps["learned"]) < 0.7 * int(steps["isotropic"])
+    assert abs(float(re.search(r"learned the direction ([\d.]+)", printed)[1]) - 0.5) < 0.2
+    # Of the angle of a line: (spread variance along it times that across it) to the power -1.
+    information = {
+        name: float(value) for name, value in re.findall(r"^(\w+): information ([\d.]+)", printed, flags=re.M)
+    }
+    assert information["isotropic"] == pytest.approx(1 / (1.25 * 0.25), abs=0.01)
+    assert information["across"] == pytest.approx(1 / (1.04 * 1.5625), abs=0.01)
+    assert information["learned"] > 2.5 * information["isotropic"]
+    for name, error in re.findall(r"^(\w+): measured standard error ([\d.]+)", printed, flags=re.M):
+        deviation = float(error) * (1000 * information[name]) ** 0.5 - 1
+        assert abs(deviation) < 5 / 400**0.5, name  # five standard errors of a standard deviation of 200
+
+
+CLAIMS = {"why_zero_likelihood": claims_of_why_zero_likelihood, "learn_the_spread": claims_of_learn_the_spread}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -151,9 +151,12 @@ def test_a_finished_run_says_so_and_runs_longer_when_asked(unbroken, shared, tmp
     assert code == 0
     assert "is finished (12 steps)" in err
     assert out == unbroken[1].splitlines()[-1] + "\n"
-    code, out, err = run(shared, tmp_path / "run", steps=15)
+    (tmp_path / "down.py").write_text("def log(step, metrics): raise ConnectionError('no server')")
+    code, out, err = run(shared, tmp_path / "run", steps=15, on_log=f"{tmp_path}/down.py:log")
     assert code == 0, err
     assert "resuming" in err
+    assert err.count("metrics.jsonl goes on: ConnectionError: no server") == 1
+    assert [line["step"] for line in recorded(tmp_path / "run")][-1] == 15
     assert json.loads(out.removeprefix("RESULT "))["steps"] == 15
 
 

@@ -337,6 +337,7 @@ def test_bad_input_gets_a_sentence(run, finished, tmp_path, network, capsys):
     assert "--samples must be at least 16, got 5" in stopped(capsys, [*plain, "--samples", "5"])
     assert "--rank must be at most 784" in stopped(capsys, [*plain, "--rank", "785", "--methods", "low_rank"])
     assert "There is no file of features at" in stopped(capsys, [*plain, "--features", str(tmp_path / "none.npz")])
+    assert "--on-log none:log cannot be used" in stopped(capsys, [*plain, "--on-log", "none:log"])
     few = [*plain, "--max-examples", "12", "--features", str(network)]
     assert "has 12 training and 12 test images: 16 of each" in stopped(capsys, few)
     assert not (tmp_path / "new").exists()

@@ -36,6 +36,13 @@ TINY = {
 
 pytestmark = pytest.mark.usefixtures("small_networks")
 
+HOOK = """import json, pathlib
+
+def log(step, metrics):
+    with pathlib.Path(__file__).with_name("sent.jsonl").open("a") as file:
+        file.write(json.dumps([step, sorted(metrics)]) + "\\n")
+"""
+
 
 def run(workdir, **changes):
     settings = {"workdir": workdir, **TINY, **changes}
@@ -120,11 +127,15 @@ def test_interrupted_in_the_middle_of_an_ascent_it_ends_as_if_unbroken(unbroken,
             run(workdir, noise="low_rank")
     assert "repeat the command to go on" in capsys.readouterr().err
     assert not (workdir / "results.json").exists()
-    assert run(workdir, noise="low_rank") == 0
+    (tmp_path / "hook.py").write_text(HOOK)
+    assert run(workdir, noise="low_rank", on_log=f"{tmp_path}/hook.py:log") == 0
+    sent = [json.loads(line) for line in (tmp_path / "sent.jsonl").read_text().splitlines()]
     mine, theirs = (json.loads((w / "low_rank/results.json").read_text()) for w in (workdir, unbroken))
     clock = ("seconds", "images_per_second")
     assert {k: v for k, v in mine.items() if k not in clock} == {k: v for k, v in theirs.items() if k not in clock}
     assert recorded(workdir / "low_rank") == recorded(unbroken / "low_rank")
+    assert [step for step, names in sent if "low_rank/elbo" in names] == [6, 8, 10, 12, 14, 16]
+    assert all(name.startswith("low_rank/") for _, names in sent for name in names)
 
 
 def test_noise_that_leaves_its_range_stops_the_run_before_it_is_saved(tmp_path):

@@ -396,6 +396,59 @@ def test_events_that_cannot_be_written_end_events_alone(tmp_path):
     assert "metrics.jsonl goes on" in said[0]
 
 
+# --- a hook ---
+
+
+def test_a_hook_gets_every_record_once_it_is_in_the_file(tmp_path):
+    got = []
+
+    def hook(step, metrics):
+        got.append((step, dict(metrics), steps_of(run)))
+        metrics.clear()  # its own copy
+
+    with open_run(tmp_path, tensorboard=True, on_log=hook) as run:
+        run.log_metrics(np.int64(1), {"loss": np.float32(0.5)})
+        run.log_metrics(2, {"elbo": np.inf})
+        records = run.read_metrics()
+    assert got == [(1, {"loss": 0.5}, [1]), (2, {"elbo": np.inf}, [1, 2])]
+    assert type(got[0][0]) is int
+    assert type(got[0][1]["loss"]) is float
+    assert [set(record) - {"step", "time"} for record in records] == [{"loss"}, {"elbo"}]
+    tags = [value.tag for event in read_events(tmp_path / "tensorboard") for value in event.summary.value]
+    assert tags == ["loss", "elbo"]
+    with open_run(tmp_path) as run:  # and is nothing that a folder keeps
+        run.log_metrics(3, {"elbo": 1.0})
+    assert len(got) == 2
+
+
+def test_a_hook_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path):
+    said, calls = [], []
+
+    def hook(step, metrics):
+        calls.append(step)
+        if step == 2:
+            raise ConnectionError("refused\nby the server " + "x" * 1000)
+
+    with open_run(tmp_path, log=said.append, on_log=hook) as run:
+        for step in (1, 2, 3, 4):
+            run.log_metrics(step, {"loss": 1.0 / step})
+        assert steps_of(run) == [1, 2, 3, 4]
+    assert calls == [1, 2]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "on_log failed at step 2 and is not called again, metrics.jsonl goes on: ConnectionError:"
+    )
+    assert "refused by the server" in said[0]
+    assert len(said[0]) < 500
+
+    def interrupted(step, metrics):  # not an error of the hook
+        raise KeyboardInterrupt
+
+    with open_run(tmp_path, log=said.append, on_log=interrupted) as run, pytest.raises(KeyboardInterrupt):
+        run.log_metrics(5, {"loss": 0.2})
+    assert len(said) == 1
+
+
 # --- results and figures ---
 
 

@@ -80,6 +80,7 @@ class RunDirectory:
         identity: str | None = None,
         log: Callable[[str], None],
         tensorboard: bool,
+        on_log: Callable[[int, dict[str, float]], object] | None = None,
     ) -> None:
         """For ``open`` only."""
         self.path = path
@@ -93,6 +94,7 @@ class RunDirectory:
         self._wants_events = tensorboard
         self._events: _Events | None = None
         self._purge_step: int | None = None
+        self._on_log = on_log
 
     @classmethod
     def open(
@@ -103,6 +105,7 @@ class RunDirectory:
         resumable_keys: Collection[str] = (),
         log: Callable[[str], None] | None = None,
         tensorboard: bool = True,
+        on_log: Callable[[int, dict[str, float]], object] | None = None,
     ) -> RunDirectory:
         """Opens the folder of a new run or of one to resume, and locks it.
 
@@ -113,6 +116,9 @@ class RunDirectory:
             nested keys are dotted, ``optimizer.learning_rate``, and a key stands for all below it.
           log: called with a sentence about something worth knowing; prints to stderr by default.
           tensorboard: whether to write TensorBoard events beside ``metrics.jsonl``.
+          on_log: called with the step and the numbers of each record once it is in the file, to send them
+            elsewhere. Training waits for it. An exception of it does not end the run: ``log`` gets one sentence,
+            and it is not called again.
 
         Returns:
           The open folder; close it, or use it in a ``with`` statement.
@@ -128,13 +134,12 @@ class RunDirectory:
           ...     run.finished
           False
         """
-        opened = functools.partial(
-            cls._open, Path(path).expanduser().absolute(), config, resumable_keys, log or _print_to_stderr, tensorboard
-        )
+        folder, log = Path(path).expanduser().absolute(), log or _print_to_stderr
+        opened = functools.partial(cls._open, folder, config, resumable_keys, log, tensorboard, on_log)
         return cls._open_in_each_process(opened, path, config, resumable_keys) if several() else opened()
 
     @classmethod
-    def _open(cls, folder, config, resumable_keys, log, tensorboard) -> RunDirectory:
+    def _open(cls, folder, config, resumable_keys, log, tensorboard, on_log=None) -> RunDirectory:
         plain = _plain(config, "config")
         if not isinstance(plain, dict):
             raise TypeError(f"config is a {type(config).__name__}; give a mapping or a dataclass.")
@@ -156,7 +161,15 @@ class RunDirectory:
         try:
             _write_config(folder, plain, resumable_keys)
             identity = _identity(plain, resumable_keys)
-            return cls(folder, plain, lock, identity=identity, log=log, tensorboard=tensorboard)
+            return cls(
+                folder,
+                plain,
+                lock,
+                identity=identity,
+                log=log,
+                tensorboard=tensorboard,
+                on_log=on_log,
+            )
         except BaseException:
             lock.close()
             raise
@@ -277,6 +290,7 @@ class RunDirectory:
         except OSError as error:
             raise _cannot_write(self._metrics_path, error) from error
         self._write_events(int(step), now, numbers)
+        self._call_hook(int(step), numbers)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Reads every record; a last line that a crash left torn is not one.
@@ -375,6 +389,16 @@ class RunDirectory:
                 f"TensorBoard events stop here, metrics.jsonl goes on: {self.path / 'tensorboard'} "
                 f"could not be written: {reason(error)}"
             )
+
+    def _call_hook(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._on_log is None:
+            return
+        try:
+            self._on_log(step, dict(metrics))
+        except Exception as error:  # whatever a tracking server that is down makes of it
+            self._on_log = None  # each further call may wait for a timeout
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            self._log(f"on_log failed at step {step} and is not called again, metrics.jsonl goes on: {said[:300]}")
 
     # --- results and figures
 
