@@ -127,7 +127,7 @@ def claims_of_learn_the_spread(printed):
     assert len(set(entropies)) == 1
     isotropic, best, worst = (
         float(re.search(rf"{name}.*? sees? ([\d.]+)", printed)[1])
-        for name in ("isotropic noise", "best direction", "worst")
+        for name in ("isotropic noise", "best direction", "worst direction")
     )
     assert best > 5 * isotropic > 25 * worst
     steps = dict(re.findall(r"^(\w+): (.+) steps to an error", printed, flags=re.M))
