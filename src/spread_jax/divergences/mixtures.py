@@ -110,12 +110,15 @@ def _chunk_edge(noise, y):
     return max(int(math.sqrt(_EXPANDED_NUMBERS / max(math.prod(y.shape[1:]), 1))), 16)
 
 
-def _blocks(values, chunk_size, fill=None):
-    """[n, ...] -> [blocks, edge, ...] of nearly equal blocks; padded with the last entry, or with `fill`."""
+def _blocks(values, chunk_size, fill=None, *, multiple=1):
+    """[n, ...] -> [blocks, edge, ...] of nearly equal blocks; padded with the last entry, or with `fill`.
+
+    The edge is a multiple of `multiple` if that is at most `chunk_size`.
+    """
     count = values.shape[0]
     num_blocks = -(-count // chunk_size)
     edge = -(-count // num_blocks)
-    edge = min(-(-edge // _TILE) * _TILE, chunk_size)
+    edge = min(-(-edge // multiple) * multiple, chunk_size)
     missing = num_blocks * edge - count
     if missing:
         tail = jnp.repeat(values[-1:], missing, axis=0) if fill is None else jnp.full(missing, fill, values.dtype)
@@ -130,7 +133,8 @@ def _log_sum_of_gaussians(u, v, log_weights, edge):
 
     def by_one_product(u, v, log_weights):
         bias = log_weights - 0.5 * squares(v)
-        sums = _streamed_log_sum(_blocks(u, edge), _blocks(v, edge), _blocks(bias, edge, -jnp.inf))
+        atoms = _blocks(v, edge, multiple=_TILE), _blocks(bias, edge, -jnp.inf, multiple=_TILE)
+        sums = _streamed_log_sum(_blocks(u, edge), *atoms)
         return sums.reshape(-1)[: len(u)] - 0.5 * squares(u)
 
     def by_split_products(u, v, log_weights):
