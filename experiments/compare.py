@@ -550,7 +550,8 @@ def draw_comparison(rows: Mapping, lines: list[dict], real: Mapping[str, float],
                 capsize=2,
             )  # fmt: skip
         if metric == "sharpness":
-            axes.set_xscale("log")  # noise can be many times as sharp as images
+            axes.set_xscale("log", base=2)  # noise can be many times as sharp as images
+            axes.xaxis.set_major_formatter("{x:g}")
         if real.get(metric) is not None:
             axes.axvline(real[metric], color="C2", linestyle="--", linewidth=1)
         axes.set_title(f"{METRICS[metric].title} {METRICS[metric].better}", fontsize=9)
