@@ -175,8 +175,7 @@ def _draw(samples, noise, num_samples, key):
     index_key, noise_key = jax.random.split(key)
     count = samples.shape[0]
     whole, rest = divmod(num_samples, count)
-    # Taken by index: the gradient of `jnp.repeat` is a sum of sums, which the YNN fusions of jaxlib 0.10.2 crash on.
-    locations = [samples[jnp.arange(whole * count) // max(whole, 1)]]
+    locations = [jnp.repeat(samples, whole, axis=0)]
     if rest:
         locations.append(samples[jax.random.permutation(index_key, count)[:rest]])
     return noise.sample(jnp.concatenate(locations), key=noise_key)
