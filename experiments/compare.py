@@ -15,9 +15,9 @@ and without training again: of each run with an encoder, samples whose latents a
 fitted to the aggregate posterior in place of the prior; of `fixed`, also from a flow, and by the networks of the last
 step in place of their moving average.
 
-  python -m experiments.compare                                  synthetic faces, 64x64, about 50 minutes on 2 cores
-  python -m experiments.compare --preset mnist --data PATH       MNIST in its idx format, about 45 minutes on 2 cores
-  python -m experiments.compare --preset digits                  scikit-learn's digits, about 10 minutes on 2 cores
+  python -m experiments.compare                                  synthetic faces, 64x64, sized for 2 cores
+  python -m experiments.compare --preset mnist --data PATH       MNIST in its idx format, sized for 2 cores
+  python -m experiments.compare --preset digits                  scikit-learn's digits, the quickest
   python -m experiments.compare --preset celeba --data PATH      the published networks and settings, for a GPU
   python -m experiments.compare --methods vae fixed --seeds 5    some of it; the folder keeps what it has
 

@@ -24,15 +24,19 @@ from spread_jax.nn import (
 
 RNG = np.random.default_rng(0)
 
-# (operation, input size, in channels, out channels, kernel size, stride): besides the layers in use, which have a test
-# of their own, odd sizes, an even kernel, a stride larger than the kernel, the few-channels form of the last layer.
+# (operation, input size, in channels, out channels, kernel size, stride): layers in use, of which every one has a test
+# below too, an odd size, an even kernel, a stride larger than the kernel and the few-channels form of the last layer.
 LAYERS = [
+    (conv, 64, 3, 4, 5, 2),
     (conv, 8, 4, 6, 5, 2),
     (conv, 28, 1, 4, 4, 2),
     (conv, 7, 2, 3, 5, 2),
     (conv, 9, 2, 5, 3, 3),
     (conv, 6, 3, 2, 5, 1),
     (conv, 5, 3, 2, 5, 1),
+    (conv_transpose, 4, 6, 4, 5, 2),
+    (conv_transpose, 16, 4, 2, 5, 2),
+    (conv_transpose, 7, 3, 4, 4, 2),
     (conv_transpose, 5, 2, 3, 2, 3),
     (conv_transpose, 32, 4, 3, 5, 1),
     (conv_transpose, 9, 4, 3, 5, 1),
