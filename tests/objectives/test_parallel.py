@@ -146,15 +146,26 @@ def test_eight_devices_equal_one(key):
     )
     assert_equal(jax.jit(inside)(params, x, keys, set_keys), want)
 
-    # pmap: each device has parameters of its own, so here the gradients are averaged. It runs the program of one
-    # device, so one objective of each kind will do: a bound, one of two samples, one of sets.
-    few = {name: params[name] for name in ("spread_elbo", "gan", "wae")}
+    # pmap: each device has parameters of its own, so here the gradients are averaged. (In `want` those of "elbo" are
+    # also those of the penalty.)
+    each = {name: params[name] for name in NAMES if name != "elbo"}
     averaged = lambda *args: jax.lax.pmean(with_gradients(objectives, *args), "data")
     shards = x.reshape(DEVICES, -1, 3), keys.reshape(DEVICES, -1), set_keys
-    replicas = jax.pmap(averaged, axis_name="data", in_axes=(None, 0, 0, 0))(few, *shards)
+    replicas = jax.pmap(averaged, axis_name="data", in_axes=(None, 0, 0, 0))(each, *shards)
     assert_equal(
-        jax.tree.map(lambda leaf: leaf[0], replicas), tuple({name: part[name] for name in few} for part in want)
+        jax.tree.map(lambda leaf: leaf[0], replicas), tuple({name: part[name] for name in each} for part in want)
     )
+
+
+@pytest.mark.skipif(jax.device_count() < DEVICES, reason="needs eight devices; run in a process that has them")
+def test_one_key_is_enough_under_jit(key):
+    params, x = problem()
+    mesh = Mesh(np.array(jax.devices()[:DEVICES]), ("data",))
+    place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+    # One key for the batch: the draws are those of one device, whatever the layout.
+    everything = jax.jit(functools.partial(with_gradients, lambda params, x, key: objectives(params, x, key, key)))
+    placed = place(params, REPLICATED), place(x, SPLIT), place(key, REPLICATED)
+    assert_equal(everything(*placed), everything(params, x, key))
 
 
 @pytest.mark.skipif(jax.device_count() >= DEVICES, reason="runs in this process already")
@@ -168,6 +179,6 @@ def test_eight_devices_equal_one_in_a_process_that_has_them():
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
-    target = f"{__file__}::test_eight_devices_equal_one"
-    done = subprocess.run([*command, target], capture_output=True, text=True, env=environment)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    targets = [f"{__file__}::{name}" for name in ("test_eight_devices_equal_one", "test_one_key_is_enough_under_jit")]
+    done = subprocess.run([*command, *targets], capture_output=True, text=True, env=environment)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
