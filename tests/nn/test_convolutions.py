@@ -25,7 +25,8 @@ from spread_jax.nn import (
 RNG = np.random.default_rng(0)
 
 # (operation, input size, in channels, out channels, kernel size, stride): layers in use, of which every one has a test
-# below too, an odd size, an even kernel, a stride larger than the kernel and the few-channels form of the last layer.
+# below too, an odd size, an even kernel, a stride larger than the kernel, few channels on either side at stride 1, many
+# channels and few positions (products), and `up` to few and to many channels.
 LAYERS = [
     (conv, 64, 3, 4, 5, 2),
     (conv, 8, 4, 6, 5, 2),
@@ -40,6 +41,14 @@ LAYERS = [
     (conv_transpose, 5, 2, 3, 2, 3),
     (conv_transpose, 32, 4, 3, 5, 1),
     (conv_transpose, 9, 4, 3, 5, 1),
+    (conv_transpose, 6, 33, 3, 5, 1),
+    (conv, 4, 5, 6, 4, 2),
+    (conv, 4, 3, 64, 3, 2),
+    (conv, 5, 3, 80, 4, 3),
+    (conv_transpose, 2, 33, 5, 5, 2),
+    (conv_transpose, 2, 34, 3, 4, 3),
+    (conv_transpose, 5, 3, 17, 5, 2),
+    (conv_transpose, 5, 2, 18, 2, 3),
 ]
 
 
