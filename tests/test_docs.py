@@ -146,7 +146,26 @@ def claims_of_learn_the_spread(printed):
         assert abs(deviation) < 5 / 400**0.5, name  # five standard errors of a standard deviation of 200
 
 
-CLAIMS = {"why_zero_likelihood": claims_of_why_zero_likelihood, "learn_the_spread": claims_of_learn_the_spread}
+def claims_of_ica_without_noise(printed):
+    number = lambda pattern: float(re.search(pattern + r".*?error ([\d.]+)", printed)[1])
+    start = float(re.search(r"random rotation .*: ([\d.]+)", printed)[1])
+    for name in ("EM, true noise", "spread EM, sigma"):
+        assert number(f"{name} 0.01") > 0.95 * start
+        assert number(f"{name} 1:") < 0.15 * start
+    limit = number("Cramer-Rao limit")
+    for method in ("closed form", "natural gradient"):
+        assert number(f"{method}:") < 3 * limit
+        assert re.search(rf"{method}: .*converged: True", printed)
+    assert re.search(r"frozen: .*converged: False", printed)
+    assert number("uniform and Student sources") < 0.05
+    assert number("three sources from two measurements") < 0.1
+
+
+CLAIMS = {
+    "why_zero_likelihood": claims_of_why_zero_likelihood,
+    "learn_the_spread": claims_of_learn_the_spread,
+    "ica_without_noise": claims_of_ica_without_noise,
+}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
