@@ -163,7 +163,7 @@ print(f"uniform and Student sources: error {error(np.asarray(result.mixing)):.4f
 # %% [markdown]
 # ## 5. More sources than measurements
 #
-# With three sources in a plane $A$ has no left inverse, so the sources cannot be computed from $x$ even if $A$ is known,
+# With three sources in a plane $A$ has no left inverse, so sources cannot be computed from $x$ even if $A$ is given,
 # and methods that whiten and rotate, like FastICA, have no such solution. The likelihood does not mind: $A$ can be
 # found, by drawing the sources (`method="gibbs"`, taken by itself here).
 
