@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = tyro.cli(Config, args=argv, prog="python -m benchmarks", description=__doc__)
     machine = _report.Machine.now()
-    if not machine.idle:
+    if not machine.idle and PARTS.get(config.part) is not devices:
         print(f"warning: this machine is busy (load {machine.load:.2f}): its times mean nothing.", file=sys.stderr)
     from experiments import _launch
 
@@ -63,7 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name} ...", flush=True)
         tables = part.run(getattr(config, name))
         command = shlex.join(["python", "-m", "benchmarks", "--part", name, *_other_flags(argv)])
-        _report.write(config.out, name, part.TITLE, part.NOTES, tables, machine, command)
+        timed = part is not devices
+        _report.write(config.out, name, part.TITLE, part.NOTES, tables, machine, command, timed=timed)
 
 
 def _other_flags(argv: list[str]) -> list[str]:

@@ -72,9 +72,9 @@ class Machine:
         """Whether its times mean something."""
         return self.load <= _BUSY * self.cores
 
-    def describe(self) -> str:
+    def describe(self, *, timed: bool = True) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        busy = "" if self.idle else " **The machine was busy: these times mean nothing.**"
+        busy = " **The machine was busy: these times mean nothing.**" if timed and not self.idle else ""
         return f"{self.processor}, {self.cores} cores, load {self.load:.2f} at the start; {versions}.{busy}"
 
 
@@ -106,10 +106,11 @@ def write(
     command: str,
     *,
     show: bool = True,
+    timed: bool = True,
 ) -> None:
-    """Writes NAME.json and NAME.md into the folder, and prints the latter."""
+    """Writes NAME.json and NAME.md into the folder, and prints the latter; a busy machine matters where it is timed."""
     text = "\n\n".join(
-        [f"# {title}", f"`{command}`. {machine.describe()}", notes, *(table.as_markdown() for table in tables)]
+        [f"# {title}", f"`{command}`. {machine.describe(timed=timed)}", notes, *(table.as_markdown() for table in tables)]
     )
     results = {
         "command": command,
