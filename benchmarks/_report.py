@@ -110,7 +110,12 @@ def write(
 ) -> None:
     """Writes NAME.json and NAME.md into the folder, and prints the latter; a busy machine matters where it is timed."""
     text = "\n\n".join(
-        [f"# {title}", f"`{command}`. {machine.describe(timed=timed)}", notes, *(table.as_markdown() for table in tables)]
+        [
+            f"# {title}",
+            f"`{command}`. {machine.describe(timed=timed)}",
+            notes,
+            *(table.as_markdown() for table in tables),
+        ]
     )
     results = {
         "command": command,

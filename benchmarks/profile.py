@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -35,20 +36,23 @@ class Config:
     """Steps in the trace."""
     top: int = 10
     """Operations to print."""
+    cores: int = 1
+    """Of the CPU. XLA does not record the time of convolutions and products that it splits over threads."""
     out: Path = Path("runs/profile")
     """Folder of the trace."""
 
 
 def origins(hlo: str) -> dict[str, str]:
-    """{instruction of a compiled program: the operation in the source it comes from}.
+    """{instruction of a compiled program: the operation in the source it comes from, or "" where XLA made it}.
 
     Example:
       >>> origins('%dot.3 = f32[2]{0} dot(%a), metadata={op_name="jit(step)/dot_general" stack_frame_id=1}')
       {'dot.3': 'dot_general'}
     """
     # A loop or a call is the sum of the operations inside, which are counted by themselves.
-    named = re.findall(r'^\s*(?:ROOT )?%?((?!while|call|conditional)[\w.-]+) = .*?op_name="([^"]*)"', hlo, flags=re.M)
-    return {name: re.sub(r"^(jit\([^)]*\)/)+", "", origin) for name, origin in named}
+    lines = re.findall(r"^\s*(?:ROOT )?%?((?!while|call|conditional)[\w.-]+) = (.*)$", hlo, flags=re.M)
+    names = {name: re.search(r'op_name="([^"]*)"', line) for name, line in lines}
+    return {name: re.sub(r"^(jit\([^)]*\)/)+", "", found[1]) if found else "" for name, found in names.items()}
 
 
 def operation_seconds(trace: Path, known: dict[str, str]) -> dict[str, float]:
@@ -90,7 +94,7 @@ def run(config: Config) -> list[Table]:
             "ms / step": 1e3 * seconds[name] / config.steps,
             "share": seconds[name] / total,
             "operation": name,
-            "from": known[name],
+            "from": known[name] or "-",
         }
         for name in costliest
     ]
@@ -101,6 +105,8 @@ def run(config: Config) -> list[Table]:
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     config = tyro.cli(Config, args=argv, prog="python -m benchmarks.profile", description=__doc__)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: max(config.cores, 1)])
     from experiments import _launch
 
     _launch.configure_jax()
