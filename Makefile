@@ -72,7 +72,8 @@ bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and 
 	$(RUN) -m benchmarks.ica $(ARGS)
 
 chaos: $(VENV)/.dev ## Kill, damage and starve KILLS=50 training runs, fuzz the readers; writes docs/benchmarks/faults.md
-	SPREAD_JAX_CHAOS=docs/benchmarks SPREAD_JAX_KILLS=$(KILLS) $(RUN) -m pytest tests/faults $(ARGS)
+	SPREAD_JAX_CHAOS=docs/benchmarks SPREAD_JAX_KILLS=$(KILLS) $(RUN) -m pytest tests/faults \
+	  tests/experiments/test_processes.py::test_one_of_two_processes_is_killed $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
