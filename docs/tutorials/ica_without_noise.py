@@ -48,7 +48,7 @@ right.scatter(*x[:, :2].T, s=3, color="0.5")
 for number, column in enumerate(MIXING.T):
     right.plot(*np.outer(column[:2], [-6, 6]), color=f"C{number}", label=f"column {number + 1} of A")
 right.set(title="two of three measurements", xlabel="$x_1$", ylabel="$x_2$", aspect="equal")
-right.legend(frameon=False)
+_ = right.legend(frameon=False)
 
 # %% [markdown]
 # Second moments say which plane it is, and no more: $A$ times any rotation of the sources has the same covariance. What
@@ -97,7 +97,7 @@ for sigma in (1.0, 0.3, 0.1, 0.01):
     print(f"spread EM, sigma {sigma:g}: error {errors[-1]:.3f} after {STEPS} steps")
     right.semilogy(errors, label=rf"$\sigma$ = {sigma:g}")
 right.set(title=r"spread EM, no noise in the data", xlabel="steps")
-right.legend(frameon=False)
+_ = right.legend(frameon=False)
 
 # %% [markdown]
 # The smaller the noise, the slower EM: one step of it is, to first order, a step of length $\gamma^2$ along a gradient,
@@ -182,7 +182,7 @@ for number in range(3):
     axes.plot(*np.outer(WIDE[:, number], [-5, 5]), color="0.2", linewidth=1, label=name[0])
     axes.plot(*np.outer(found[:, number], [-5, 5]), "--", color="C1", label=name[1])
 axes.set(xlabel="$x_1$", ylabel="$x_2$", xlim=(-5, 5), ylim=(-5, 5), aspect="equal")
-axes.legend(frameon=False)
+_ = axes.legend(frameon=False)
 
 # %% [markdown]
 # ## Where to go from here
