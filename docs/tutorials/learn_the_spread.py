@@ -89,7 +89,7 @@ left.legend(frameon=False, fontsize=8)
 right.plot(turns, seen, color="C2", label="ridge")
 right.axhline(spread_kl(wrong, isotropic), color="0.5", linestyle="--", label="isotropic")
 right.set(xlabel="direction of the noise", ylabel="spread KL, nats", title="How well the error is seen")
-right.legend(frameon=False)
+_ = right.legend(frameon=False)
 
 # %% [markdown]
 # The best noise lies nearly *along* the model's line: across it the spread model stays narrow, and data that are not
@@ -177,7 +177,7 @@ left.set(xlabel="steps of the model", ylabel="error of the angle", yscale="log",
 left.legend(frameon=False)
 right.plot(games["learned"][1], color="C2")
 right.axhline(TRUTH, color="0.6", linestyle=":")
-right.set(xlabel="steps of the model", ylabel="direction of the noise", title="dotted: the data's line")
+_ = right.set(xlabel="steps of the model", ylabel="direction of the noise", title="dotted: the data's line")
 
 # %% [markdown]
 # The learned noise leaves its bad place in some steps and turns along the line. All three have the same optimum, the
