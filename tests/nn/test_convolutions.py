@@ -49,6 +49,8 @@ LAYERS = [
     (conv_transpose, 2, 34, 3, 4, 3),
     (conv_transpose, 5, 3, 17, 5, 2),
     (conv_transpose, 5, 2, 18, 2, 3),
+    (conv, 2, 5, 40, 3, 1),
+    (conv_transpose, 2, 40, 5, 3, 1),
 ]
 
 
