@@ -139,12 +139,12 @@ def _fit_by_vote(from_white, num_sources, x, source, noise_scale, observation_sc
         new = jax.lax.map(partial(search_anew, agreed, sure), jax.random.split(round_key, num_restarts))
         pool = jnp.concatenate([pool, new])
     agreed, _ = vote(pool)
-    sweeps = num_restarts * (search_sweeps + _ROUNDS * max(search_sweeps // 2, 1)) + search_sweeps
-    # Short steps from the first: long ones would lead away from what was agreed on.
-    early = search_sweeps // 3
+    # The vote finds which columns there are; along flat directions of the likelihood it is far from its maximum.
+    last = max(max_iterations // 2, 1)
+    searched = num_restarts * (search_sweeps + _ROUNDS * max(search_sweeps // 2, 1))
     return _run(
         agreed, x, source, noise_scale, observation_scale, last_key,
-        step=_LAST_STEP, early=early, last=search_sweeps - early, sweeps=sweeps,
+        step=STEP, early=max_iterations, last=last, sweeps=searched + max_iterations + last,
     )  # fmt: skip
 
 

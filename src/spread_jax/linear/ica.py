@@ -322,7 +322,7 @@ def fit(
         examples (0.01).
       num_restarts: random starts, run side by side by vmap; the best likelihood (contrast, for closed_form) is kept.
         Chains have no likelihood to compare, so for gibbs the runs vote: a column counts that most of them found.
-        Each search then takes a third of max_iterations, all of it (2 num_restarts + 1) / 3 times as many.
+        All of it takes 2 num_restarts / 3 + 3 / 2 times max_iterations.
       key: a JAX random key.
 
     Returns:
