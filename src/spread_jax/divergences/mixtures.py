@@ -21,7 +21,8 @@ __all__ = ["log_spread_density"]
 _PAIR_EDGE = 1024
 _EXPANDED_NUMBERS = 2**22
 # Where pairs are one product: rows of a block, and columns of it that are visited at once. At 20,000 points in 64
-# dimensions on two cores 1.38 times the product alone; 1.79 with 1024 rows and 256 columns, 1.71 with 1024 and 1024.
+# dimensions on two cores 1.29 times the time of the product alone, 1.64 times with 1024 rows and 256 columns
+# (python -m benchmarks --part density).
 _ROWS, _TILE = 4096, 128
 _LOG2_E = math.log2(math.e)
 # Where sums of powers of two begin, and where they are still far from overflow.
