@@ -85,8 +85,6 @@ class Config:
     """EM steps of that figure."""
     size_samples: int = 64
     """Samples of z in an EM step of that figure."""
-    rows_per_draw: int = 8
-    """Examples that share the random numbers of their samples."""
     patch: int = 12
     """Edge of an image patch, pixels (preset images)."""
     pictures: tuple[str, ...] = ()
@@ -111,7 +109,6 @@ PRESETS = {
         size_runs=50,
         size_sweeps=500,
         size_samples=1000,
-        rows_per_draw=16,
     ),
     "overcomplete": Config(preset="overcomplete", runs=10, dimensions=10, sources=15, sweeps=1100),
     "images": Config(preset="images", num_examples=50_000, sources=64),
@@ -165,7 +162,6 @@ def estimate(
     sweeps: int,
     samples: int,
     sigma,
-    rows_per_draw: int,
 ) -> tuple[np.ndarray, bool]:
     """A [X, Z] and whether the method says that it converged."""
     if method == "fastica":
@@ -190,7 +186,7 @@ def estimate(
         return np.linalg.pinv(unmixing) * ((x - x.mean(axis=0)) @ unmixing.T).std(axis=0), True
     options = {"observation_scale": gamma, "source": "laplace", "key": jax.random.key(seed)}
     if method in ("em", "spread_em"):
-        options |= {"max_iterations": sweeps, "num_samples": samples, "rows_per_draw": rows_per_draw}
+        options |= {"max_iterations": sweeps, "num_samples": samples}
         if method == "spread_em":
             options["noise_scale"] = sigma
     elif method == "natural_gradient":
@@ -242,7 +238,6 @@ def fit_one(config: Config, setting: dict) -> dict:
         config.sweeps if wide else config.size_sweeps,
         config.samples if wide else config.size_samples,
         config.spread_scale,
-        config.rows_per_draw,
     )
     return {
         "raw": mixing_error(mixing, truth, kind="raw"),
@@ -345,7 +340,7 @@ def error_in_time(config: Config) -> list[dict]:
     eigenvalues, axes = np.linalg.eigh(np.cov(x.T))
     turn = np.linalg.qr(np.random.default_rng(config.seed).normal(size=(config.sources, config.sources)))[0]
     start = (axes * np.sqrt(np.maximum(eigenvalues, 0)))[:, -config.sources :] @ turn
-    e_step = {"observation_scale": gamma, "rows_per_draw": config.rows_per_draw}
+    e_step = {"observation_scale": gamma}
     sigma = config.spread_scale
     steps: dict[str, Callable] = {
         "em": lambda a, t: ica.em_step(a, shared, num_samples=config.samples, key=jax.random.fold_in(key, t), **e_step),
@@ -737,9 +732,7 @@ def check_config(config: Config) -> None:
     """Refuses numbers that cannot work, naming the flag."""
     _launch.require_at_least(config, 0, "seed", "size_gamma")
     _launch.require_at_least(config, 1, "runs", "sources", "dimensions", "size_sources", "size_dimensions")
-    _launch.require_at_least(
-        config, 1, "sweeps", "samples", "size_sweeps", "size_samples", "size_runs", "rows_per_draw"
-    )
+    _launch.require_at_least(config, 1, "sweeps", "samples", "size_sweeps", "size_samples", "size_runs")
     _launch.require_at_least(config, 4, "patch")
     if config.preset in ("small", "published"):
         if not config.gammas and not config.sizes:

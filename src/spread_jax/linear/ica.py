@@ -111,7 +111,7 @@ def posterior_moments(
     source: str | Source | Callable[[jax.Array], jax.Array] = "laplace",
     num_samples: int = 1000,
     num_spread_samples: int = 1,
-    rows_per_draw: int = 1,
+    rows_per_draw: int | None = None,
     chunk_size: int | None = None,
     key: jax.Array,
 ) -> PosteriorMoments:
@@ -129,8 +129,9 @@ def posterior_moments(
       num_samples: of z for each y (made even).
       num_spread_samples: of y for each x.
       rows_per_draw: how many rows share the same standard normal draws: more rows cost fewer random numbers, and
-        make the errors of those rows dependent.
-      chunk_size: rows handled at once; by default about 2^19 numbers.
+        make the errors of those rows dependent, which the antithetic pairs keep small. 64 if not given, for more
+        than 32 samples; else 1.
+      chunk_size: rows handled at once; by default about 2^18 numbers.
       key: a JAX random key.
 
     Returns:
@@ -163,7 +164,7 @@ def posterior_moments(
         source=as_source(source),
         num_samples=check_count("num_samples", num_samples),
         num_spread_samples=check_count("num_spread_samples", num_spread_samples),
-        rows_per_draw=check_count("rows_per_draw", rows_per_draw),
+        rows_per_draw=None if rows_per_draw is None else check_count("rows_per_draw", rows_per_draw),
         chunk_size=None if chunk_size is None else check_count("chunk_size", chunk_size),
         key=key,
     )
@@ -291,7 +292,7 @@ def fit(
     observation_scale: float | jax.Array = 0.0,
     num_samples: int | None = None,
     num_spread_samples: int = 1,
-    rows_per_draw: int = 1,
+    rows_per_draw: int | None = None,
     max_iterations: int | None = None,
     tolerance: float | None = None,
     num_restarts: int = 1,
@@ -383,7 +384,7 @@ def fit(
         "num_restarts": check_count("num_restarts", num_restarts),
         "num_samples": check_count("num_samples", _SAMPLES.get(method, 1) if num_samples is None else num_samples),
         "num_spread_samples": check_count("num_spread_samples", num_spread_samples),
-        "rows_per_draw": check_count("rows_per_draw", rows_per_draw),
+        "rows_per_draw": None if rows_per_draw is None else check_count("rows_per_draw", rows_per_draw),
         "max_iterations": check_count(
             "max_iterations", _ITERATIONS[method] if max_iterations is None else max_iterations
         ),
@@ -580,20 +581,22 @@ def _fit_em(x, start, source, noise_scale, observation_scale, key, *, max_iterat
     look = min(_LOOK, max_iterations)
     between = min(_BETWEEN_LOOKS, max_iterations - look)
 
-    def step(mixing, t, with_score=False):
-        moments = e_step(mixing, scale_of(mixing), t, with_score)
+    def step(mixing, t):
+        scale = scale_of(mixing)
+        moments = e_step(mixing, scale, t, with_score=False)
+        # Fisher's identity: the samples of the step itself give the gradient.
+        variance = jnp.square(scale) + jnp.square(observation_scale)
+        gradient = mixing.T @ mixing @ moments.deviation_z / variance
         mixing = _em_update(moments)
-        return mixing, (mixing, moments.score_z)
+        return mixing, (mixing, gradient)
 
     def body(carry):
         mixing, _, t, _, _ = carry
         mixing, _ = jax.lax.scan(lambda mixing, t: (step(mixing, t)[0], None), mixing, t + jnp.arange(between))
-        scored = functools.partial(step, with_score=True)
-        mixing, (path, score_z) = jax.lax.scan(scored, mixing, t + between + jnp.arange(look))
+        mixing, (path, gradient) = jax.lax.scan(step, mixing, t + between + jnp.arange(look))
         mean = path.mean(axis=0)
-        gradient = score_z.mean(axis=0) - jnp.eye(mixing.shape[1], dtype=x.dtype)
         look_key = jax.random.fold_in(key, t)
-        measured = _residual(gradient, mean, x, scale_of(mean), observation_scale, source, look_key)
+        measured = _residual(gradient.mean(axis=0), mean, x, scale_of(mean), observation_scale, source, look_key)
         return mixing, mean, t + between + look, *measured
 
     infinite = jnp.asarray(jnp.inf, x.dtype)
