@@ -443,7 +443,7 @@ class Model:
                 averaged=_train.generator_variables,
             )
 
-        return jax.jit(create)
+        return _launch.jit_for_few_calls(create)
 
     @staticmethod
     def split_key(key: jax.Array) -> jax.Array:
@@ -568,7 +568,7 @@ class Model:
             noise = self._noise(*parts)
             return noise, noise.entropy(jnp.zeros((1, *self.image_shape)))[0]
 
-        return jax.jit(create)
+        return _launch.jit_for_few_calls(create)
 
     def noise_scale(self, state: Any) -> float | None:
         """Standard deviation of the noise added to each pixel; None where there is no noise."""
@@ -609,7 +609,7 @@ class Model:
                 found["importance_bound_nats"] = tighter.bound
             return found
 
-        return jax.jit(evaluate)
+        return _launch.jit_for_few_calls(evaluate)
 
     def held_out(self, state: Any, dataset: Dataset, key: jax.Array) -> dict[str, float]:
         """Means over a split's first images of what the objective can tell.
@@ -664,12 +664,12 @@ class Model:
             std = jnp.zeros_like(mean) if self.config.objective == "wae_mmd" else jnp.exp(log_std)
             return mean, std, seen, decode(mean)
 
-        return jax.jit(run)
+        return _launch.jit_for_few_calls(run)
 
     @functools.cached_property
     def generate(self) -> Callable:
         """(generator variables, as `averaged` or `current` give them, z) -> images x = g(z)."""
-        return jax.jit(lambda variables, z: self.generator.apply(variables, z, train=False))
+        return _launch.jit_for_few_calls(lambda variables, z: self.generator.apply(variables, z, train=False))
 
     @staticmethod
     def averaged(state: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -178,6 +179,26 @@ def _set_cpu_flag() -> None:
             pass
     if accepted == "yes":
         os.environ["XLA_FLAGS"] = f"{flags} {_CPU_FLAG}".strip()
+
+
+def jit_for_few_calls(function: Callable) -> Callable:
+    """`jax.jit` of what runs some tens of times in a run: compiled sooner on a CPU, and a few per cent slower there.
+
+    A flag of the user's for XLA's level of optimisation stands.
+    """
+    import jax
+
+    if jax.default_backend() != "cpu" or "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", ""):
+        return jax.jit(function)
+    compiled = jax.jit(function, compiler_options={"xla_backend_optimization_level": 1})
+
+    @functools.wraps(function)
+    def call(*arguments):
+        # Inside a traced function the outermost one's options hold, and others are refused.
+        traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(arguments))
+        return (function if traced else compiled)(*arguments)
+
+    return call
 
 
 def versions() -> dict[str, str]:

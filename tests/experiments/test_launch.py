@@ -1,7 +1,10 @@
-"""The hook that `--on-log` names: found in a module or a file, or refused in a sentence."""
+"""The hook that `--on-log` names, found in a module or a file or refused in a sentence; quick compilation."""
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import _generator, _launch
@@ -9,6 +12,7 @@ from spread_jax.data import Dataset
 
 HOOK = """from __future__ import annotations
 import dataclasses
+
 
 @dataclasses.dataclass
 class Sent:
@@ -69,3 +73,22 @@ def test_a_saved_run_names_no_hook(monkeypatch):
     assert "on_log" not in saved
     for given in (saved, {**saved, "on_log": "os:abort"}):  # of a stranger
         assert _generator.load_config(given)[0] == dataclasses.replace(config, on_log=None)
+
+
+def test_what_runs_a_few_times_is_compiled_quickly_and_can_be_traced(monkeypatch):
+    function = lambda x, tree: x + tree["a"]
+    arguments = jnp.ones(3), {"a": jnp.arange(3.0)}
+    monkeypatch.setenv("XLA_FLAGS", "")
+    call = _launch.jit_for_few_calls(function)
+    np.testing.assert_array_equal(call(*arguments), [1, 2, 3])
+    # Options of a jit inside another are refused by JAX.
+    np.testing.assert_array_equal(jax.jit(call)(*arguments), [1, 2, 3])
+    assert jax.eval_shape(call, *arguments).shape == (3,)
+
+    options = []
+    jit = jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **given: options.append(given) or jit(f, **given))
+    _launch.jit_for_few_calls(function)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
+    _launch.jit_for_few_calls(function)
+    assert options == [{"compiler_options": {"xla_backend_optimization_level": 1}}, {}]
