@@ -378,7 +378,7 @@ def error_in_time(config: Config) -> list[dict]:
         curves.append({"method": method, "points": points})
     for method in installed_methods():
         if method not in steps:
-            run = functools.partial(estimate, method, x, config.sources, gamma, config.seed, 0, 0, None, 1)
+            run = functools.partial(estimate, method, x, config.sources, gamma, config.seed, 0, 0, None)
             run()
             began = time.perf_counter()
             mixing, _ = run()
