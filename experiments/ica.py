@@ -20,7 +20,7 @@ nearer: the gap to the Cramer-Rao line is what knowing the law of the sources is
   python -m experiments.ica --preset overcomplete  more sources than dimensions, about 3 minutes
   python -m experiments.ica --preset images        filters learned from photographs, half a minute
   python -m experiments.ica --preset audio         three sounds, mixed and unmixed, as WAV files, seconds
-  python -m experiments.ica --preset published     Figure 1 of the paper in full: days on 2 cores, for a GPU
+  python -m experiments.ica --preset published     Figure 1 of the paper in full: hours on 2 cores
 
 A stopped run continues where it was. Writes figures, table.md and results.json.
 """
