@@ -69,7 +69,8 @@ def save_image(pixels: np.ndarray, path: str | os.PathLike) -> None:
 
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
-    Image.fromarray(pixels).save(part, format="PNG", optimize=True)
+    # Level 4 takes a third to a sixth of the time of 9 or `optimize`, for files of generated faces as small.
+    Image.fromarray(pixels).save(part, format="PNG", compress_level=4)
     part.replace(path)
 
 
