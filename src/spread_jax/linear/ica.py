@@ -320,7 +320,8 @@ def fit(
       max_iterations: most steps; 200, 80, 500, 500 or 1100 in the order of the methods above.
       tolerance: closed_form stops when no entry of a relative step exceeds it (1e-5). EM stops, and every sampling
         method is called converged, when no entry of the relative gradient exceeds it, in standard deviations over
-        examples (0.01).
+        examples (0.01). Their mean has a standard error of 1 / sqrt(N): pass less than that for large N. At a plateau,
+        where columns are still mixed, the gradient is small too.
       num_restarts: random starts, run side by side by vmap; the best likelihood (contrast, for closed_form) is kept.
         Chains have no likelihood to compare, so for gibbs the runs vote: a column counts that most of them found.
         All of it takes 2 num_restarts / 3 + 3 / 2 times max_iterations.
