@@ -79,9 +79,9 @@ def test_score_table_continues_linearly(x64):
 # The E-step
 
 
-def exact_posterior(mixing, y, variance, source):
+def exact_posterior(mixing, y, variance, source, points=2801):
     """E[z], E[z z^T], E[psi z^T] and log p~(y) for one y and two sources, on a fine grid in NumPy."""
-    grid = np.linspace(-14, 14, 2801)
+    grid = np.linspace(-14, 14, points)
     z = np.stack(np.meshgrid(grid, grid, indexing="ij"), axis=-1)
     residual = ((y - z @ mixing.T) ** 2).sum(axis=-1)
     prior = np.asarray(source.log_prob(jnp.asarray(grid)))
@@ -120,6 +120,32 @@ def test_importance_sampling_agrees_with_quadrature(source, x64):
         error = draws.std(axis=0, ddof=1) / np.sqrt(len(draws))
         # Self-normalised weights have a bias of order 1 / samples.
         assert np.all(np.abs(draws.mean(axis=0) - value) <= 5 * error + 2e-3), name
+
+
+def test_the_gain_of_a_turn_agrees_with_quadrature_and_with_the_evidence_of_the_turned_matrix(x64):
+    mixing = np.array([[1.0, 0.4], [-0.5, 1.0], [0.3, 0.8]])
+    y = np.random.default_rng(1).normal(size=(8, 3)) @ np.diag([1.0, 2.0, 0.5])
+    sampling = {"source": LaplaceSource(), "noise_scale": 0.0, "observation_scale": jnp.asarray(0.5)}
+    found = _sampling.turn_gain(
+        jnp.asarray(mixing), jnp.asarray(y), num_samples=20_000, key=jax.random.key(0), **sampling
+    )
+    turns = [np.array([[np.cos(t), -np.sin(t)], [np.sin(t), np.cos(t)]]) for t in (np.pi / 8, -np.pi / 8, np.pi / 4)]
+
+    def gain(evidence):
+        before = evidence(mixing)
+        gains = [evidence(mixing @ turn) - before for turn in turns]
+        return max(np.sqrt(len(y)) * each.mean() / each.std() for each in gains)
+
+    exact = gain(lambda a: np.array([exact_posterior(a, row, 0.25, LaplaceSource(), 401)[3] for row in y]))
+    np.testing.assert_allclose(found, exact, atol=0.03)
+
+    def sampled(a):
+        each = lambda row: ica.posterior_moments(
+            jnp.asarray(a), row[None], num_samples=20_000, key=jax.random.key(1), **sampling
+        )
+        return np.asarray(jax.lax.map(each, jnp.asarray(y)).log_likelihood)
+
+    np.testing.assert_allclose(gain(sampled), exact, atol=0.03)
 
 
 def test_few_samples_many_samples_blocks_and_groups_estimate_the_same(key, monkeypatch):
@@ -331,6 +357,30 @@ def test_natural_gradient_agrees_with_the_closed_form():
     assert direction_error(sampled.mixing, truth) < 1.15 * direction_error(exact.mixing, truth) + 0.002
 
 
+def test_a_plateau_is_not_called_converged():
+    x, truth = laplace_data(7, 2000, 6, 3)
+    x = x + 0.8 * jax.random.normal(jax.random.key(9), x.shape)
+    turn = np.eye(3)
+    turn[:2, :2] = np.array([[1, 1], [-1, 1]]) / np.sqrt(2)  # two columns mixed alike: here the gradient is zero too
+    settled = functools.partial(
+        ica._residual, jnp.zeros((3, 3)), x=x, noise_scale=0.0, observation_scale=0.8, source=LaplaceSource(),
+        key=jax.random.key(0), tolerance=0.25,
+    )  # fmt: skip
+    assert float(settled(mixing=jnp.asarray(truth, jnp.float32))[0]) < 0.25
+    assert float(settled(mixing=jnp.asarray(truth @ turn, jnp.float32))[0]) > 2
+
+
+def test_em_goes_on_from_a_plateau():
+    x, truth = laplace_data(1, 1000, 6, 3)
+    x = x + 0.1 * jax.random.normal(jax.random.key(9), x.shape)
+    for seed in range(4):  # by the gradient alone, three of these stop after 50 sweeps with errors of 0.4 to 0.7
+        result = ica.fit(
+            x, 3, method="spread_em", num_samples=64, observation_scale=0.1, tolerance=0.5, key=jax.random.key(seed)
+        )
+        assert bool(result.converged)
+        assert direction_error(result.mixing, truth) < 0.2
+
+
 def test_standard_em_freezes_says_so_and_spreading_frees_it():
     x, truth = laplace_data(7, 2000, 6, 4)
     key = jax.random.key(1)
@@ -340,7 +390,7 @@ def test_standard_em_freezes_says_so_and_spreading_frees_it():
     assert direction_error(spread.mixing, truth) < 0.1
     assert direction_error(frozen.mixing, truth) > 3 * direction_error(spread.mixing, truth)
     assert not bool(frozen.converged)
-    assert float(frozen.residual) > 0.05
+    assert float(frozen.residual) > 2
 
 
 def test_more_sources_than_dimensions():

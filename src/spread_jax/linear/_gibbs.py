@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -82,7 +83,7 @@ def _run(start, x, source, noise_scale, observation_scale, key, *, step, early, 
         "mixing": mixing,
         "noise_scale": noise_scale,
         "num_iterations": jnp.asarray(sweeps),
-        "residual": jnp.max(jnp.abs(gradient) / deviation),
+        "residual": math.sqrt(x.shape[0]) * jnp.max(jnp.abs(gradient) / deviation),
     }
 
 
