@@ -138,8 +138,9 @@ for name, result in results.items():
     print(f"{name}: error {found:.4f} after {int(result.num_iterations)} steps, converged: {bool(result.converged)}")
 
 # %% [markdown]
-# `converged` looks at the gradient of the likelihood and not at how little a step moved: a frozen EM does not move either.
-# It also asks whether turning two columns would be likelier, as it is where EM rests on a plateau with both still mixed.
+# `converged` looks at the gradient of the likelihood and not at how little a step moved: a frozen EM does not move
+# either. It also asks whether turning two columns would be likelier, as it is where EM rests on a plateau with both
+# still mixed.
 
 # %%
 frozen = ica.fit(x, 2, method="spread_em", noise_scale=0.01, num_samples=64, max_iterations=60, key=key)

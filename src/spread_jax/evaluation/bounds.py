@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spread_jax._checks import check_batch, check_count
+from spread_jax._random import normal
 from spread_jax.noise import SpreadNoise
 
 __all__ = ["AnnealedEstimate", "HeldOutBound", "annealed_importance_sampling", "held_out_bound"]
@@ -183,7 +184,7 @@ def annealed_importance_sampling(
     def transition(position, beta, step_size, key):
         """One Hamiltonian transition at `beta`; position is (z, log-likelihood, its gradient)."""
         momentum_key, jitter_key, accept_key = jax.random.split(key, 3)
-        momentum = jax.random.normal(momentum_key, position[0].shape, y.dtype)
+        momentum = normal(momentum_key, position[0].shape, y.dtype)
         # Trajectories of one length can be periodic; the jitter does not look at the chain, so it is valid.
         jitter = jax.random.uniform(jitter_key, position[1].shape, y.dtype, 0.8, 1.2)
         step = (step_size * jitter)[..., None]
@@ -208,7 +209,7 @@ def annealed_importance_sampling(
         return jax.tree.map(choose, (z, value, gradient), position), probability.mean(axis=0)
 
     def initial(chains, key):
-        z = jax.random.normal(key, (chains, y.shape[0], latent_dim), y.dtype)
+        z = normal(key, (chains, y.shape[0], latent_dim), y.dtype)
         return (z, *value_and_gradient(z))
 
     def tune(carry, step):

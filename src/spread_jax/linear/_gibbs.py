@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from spread_jax._random import normal
 from spread_jax.linear._closed_form import polar
 from spread_jax.linear._sampling import gibbs_sweep, pseudo_inverse
 
@@ -57,9 +58,9 @@ def fit(x, from_white, num_sources, source, noise_scale, observation_scale, key,
 def _spread(start, x, noise_scale, key):
     """Spread data [X, N] and where the chains [Z, N] start; both stay as they are in memory, examples last."""
     noise_key, chain_key = jax.random.split(key)
-    y = (x + noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)).T
+    y = (x + noise_scale * normal(noise_key, x.shape, x.dtype)).T
     z = pseudo_inverse(start) @ y
-    return y, z + 0.1 * jax.random.normal(chain_key, z.shape, x.dtype)
+    return y, z + 0.1 * normal(chain_key, z.shape, x.dtype)
 
 
 def _run(start, x, source, noise_scale, observation_scale, key, *, step, early, last, sweeps):

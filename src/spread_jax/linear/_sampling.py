@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import normal
 from spread_jax.linear.sources import Source
 
 __all__ = ["PosteriorMoments", "gibbs_sweep", "importance_moments", "pseudo_inverse"]
@@ -291,12 +292,10 @@ class _Sampler:
         size, count = self.inverse.shape[0], x.shape[1]
         few = pairs <= _FEW_PAIRS
         noise_key, draw_key = jax.random.split(key)
-        y = x + self.noise_scale * jax.random.normal(noise_key, x.shape, x.dtype)
+        y = x + self.noise_scale * normal(noise_key, x.shape, x.dtype)
         inside = self.q.T @ y
         mean = self.inverse @ inside
-        deviation = (
-            jnp.sqrt(self.variance) * self.inverse @ jax.random.normal(draw_key, (size, pairs * groups), x.dtype)
-        )
+        deviation = jnp.sqrt(self.variance) * self.inverse @ normal(draw_key, (size, pairs * groups), x.dtype)
         if few:
             shared = deviation.reshape(size, pairs, groups, 1)
             deviation = jnp.broadcast_to(shared, (size, pairs, groups, count // groups)).reshape(size, pairs, count)
@@ -338,8 +337,8 @@ def gibbs_sweep(
     """
     scale_key, prior_key, noise_key = jax.random.split(key, 3)
     tau2 = source.conditional_variance(z, key=scale_key)
-    prior = jnp.sqrt(tau2) * jax.random.normal(prior_key, z.shape, z.dtype)
-    noise = jnp.sqrt(variance) * jax.random.normal(noise_key, y.shape, y.dtype)
+    prior = jnp.sqrt(tau2) * normal(prior_key, z.shape, z.dtype)
+    noise = jnp.sqrt(variance) * normal(noise_key, y.shape, y.dtype)
     size = mixing.shape[0]
     outer = (mixing[:, None, :] * mixing[None, :, :]).reshape(size * size, -1)
     covariance = (outer @ tau2).reshape(size, size, -1) + variance * jnp.eye(size, dtype=z.dtype)[:, :, None]

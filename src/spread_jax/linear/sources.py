@@ -13,6 +13,7 @@ from jax.scipy.special import log_ndtr, logsumexp
 
 from spread_jax._checks import check_positive
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import normal, uniform
 
 __all__ = [
     "BernoulliGaussSource",
@@ -113,12 +114,12 @@ class LaplaceSource(_Source):
     def conditional_variance(self, z: jax.Array, *, key: jax.Array) -> jax.Array:
         """Draws tau^2 given z, for z ~ N(0, tau^2) with tau^2 ~ Exp(1): 1 / tau^2 ~ InvGauss(sqrt(2) / |z|, 2)."""
         normal_key, uniform_key = jax.random.split(key)
-        w = jnp.square(jax.random.normal(normal_key, z.shape, z.dtype)) / 4
+        w = jnp.square(normal(normal_key, z.shape, z.dtype)) / 4
         inverse_mean = jnp.abs(z) * math.sqrt(0.5)
         # The two roots of Michael, Schucany and Haas (1976), as inverses: neither cancels nor overflows at z = 0.
         large = inverse_mean + w + jnp.sqrt(w * (2 * inverse_mean + w))
         small = jnp.square(inverse_mean) / jnp.maximum(large, jnp.finfo(z.dtype).tiny)
-        first = jax.random.uniform(uniform_key, z.shape, z.dtype) * (large + inverse_mean) <= large
+        first = uniform(uniform_key, z.shape, z.dtype) * (large + inverse_mean) <= large
         return jnp.where(first, large, small)
 
     def sample(self, shape: tuple[int, ...], *, key: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from spread_jax._checks import check_batch, check_positive, check_same_event
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import normal
 from spread_jax.noise._product import ClosedProductNoise, positive_log
 
 __all__ = ["GaussianNoise"]
@@ -112,7 +113,7 @@ class GaussianNoise(ClosedProductNoise):
         return jnp.exp(GaussianNoise(self.scale * math.sqrt(2.0))._pairwise_log_prob(x, x2, negligible=8))
 
     def _standard_sample(self, key, x):
-        return jax.random.normal(key, x.shape, x.dtype)
+        return normal(key, x.shape, x.dtype)
 
     def _standard_log_density(self, u):
         return -0.5 * jnp.square(u) - 0.5 * math.log(2 * math.pi)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from spread_jax._checks import check_positive
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import laplace
 from spread_jax.noise._product import ClosedProductNoise
 
 __all__ = ["LaplaceNoise"]
@@ -47,7 +48,7 @@ class LaplaceNoise(ClosedProductNoise):
         check_positive("scale", self.scale)
 
     def _standard_sample(self, key, x):
-        return jax.random.laplace(key, x.shape, x.dtype)
+        return laplace(key, x.shape, x.dtype)
 
     def _standard_log_density(self, u):
         return -jnp.abs(u) - math.log(2.0)

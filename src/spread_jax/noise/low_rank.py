@@ -11,6 +11,7 @@ import numpy as np
 from spread_jax._checks import check_batch, check_positive, check_same_event, check_same_shape, is_concrete
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import normal
 from spread_jax.noise._product import fit_event, positive_log
 
 __all__ = ["LowRankGaussianNoise"]
@@ -78,8 +79,8 @@ class LowRankGaussianNoise:
         x = check_batch("x", x)
         scale, factor = self._parts_like(x)
         wide_key, low_key = jax.random.split(key)
-        low = jax.random.normal(low_key, (x.shape[0], factor.shape[1]), x.dtype)
-        wide = scale * jax.random.normal(wide_key, x.shape, x.dtype)
+        low = normal(low_key, (x.shape[0], factor.shape[1]), x.dtype)
+        wide = scale * normal(wide_key, x.shape, x.dtype)
         return x + wide + (low @ factor.T).reshape(x.shape)
 
     def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:

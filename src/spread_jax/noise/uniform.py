@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from spread_jax._checks import check_batch, check_positive, check_same_event
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import uniform
 from spread_jax.noise._product import ProductNoise, positive_log, sum_event
 
 __all__ = ["UniformNoise"]
@@ -73,7 +74,7 @@ class UniformNoise(ProductNoise):
         return sum_event(jnp.broadcast_to(positive_log(2 * self._scale_like(x)), x.shape))
 
     def _standard_sample(self, key, x):
-        return jax.random.uniform(key, x.shape, x.dtype, minval=-1, maxval=1)
+        return uniform(key, x.shape, x.dtype, -1.0, 1.0)
 
     def _standard_transform(self, omega):
         return jnp.sinc(omega / math.pi)
