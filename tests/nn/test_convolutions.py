@@ -51,6 +51,10 @@ LAYERS = [
     (conv_transpose, 5, 2, 18, 2, 3),
     (conv, 2, 5, 40, 3, 1),
     (conv_transpose, 2, 40, 5, 3, 1),
+    (conv, 12, 3, 6, 5, 2),
+    (conv, 8, 4, 6, 3, 2),
+    (conv, 6, 4, 7, 5, 1),
+    (conv_transpose, 10, 6, 3, 5, 1),
 ]
 
 

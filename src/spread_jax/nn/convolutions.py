@@ -23,7 +23,8 @@ Two more forms of the same sums, each where it was measured to be faster on two 
   - *blocks*: with few output channels a convolution cannot fill vectors. The pixels of a block of the output, or the
     s*s phases of `up`, become channels of one convolution with a kernel that has a shifted copy for each. A quarter
     more multiplications at least, and 7.5 -> 3.4 ms for `up` from 16 channels to 8 at 32x32, 6.5 -> 2.8 ms for the
-    input gradient of the last layer from 8 channels to 3 at 64x64;
+    input gradient of the last layer from 8 channels to 3 at 64x64. With few input channels, as those of a picture, a
+    convolution gathers runs of memory as short: there the input's blocks become channels too;
   - *products*: with few positions (batch x height x width) and many channels the kernel is larger than the images, and
     flipping, transposing or slicing it is what costs. One matrix product for each tap, or for all at once, leaves it
     as it lies, and shifts images instead: 54 -> 13 ms for the input gradient from 1,024 channels to 512 at batch 8.
@@ -35,6 +36,7 @@ XLA's own form reachable. Parameters, names and initialisers are Flax's: checkpo
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +52,12 @@ _IMAGE_CHANNELS = 4  # up to here one side of a layer is an image, and the sum o
 # Output channels up to which blocks are faster: 6.6 -> 4.0 ms at 16 channels, 7.5 -> 5.9 at 32 and 2.6 -> 2.7 at 64 of
 # the gradient to what an image was made from; 13 -> 10.5 ms at 16 channels and 7.6 -> 8.7 at 32 of `up`.
 _BLOCK_CHANNELS, _PHASE_CHANNELS = 32, 16
+# Output channels up to which an image's blocks become channels as well, filled up to a vector's 16 numbers. One core:
+# 3.8 -> 2.8 ms for the first layer at 16 channels, 3.9 -> 3.5 at 32, 5.1 -> 5.8 at 64; 5.4 -> 3.8 for the gradient to
+# what an image was made from at 8, 8.1 -> 7.1 at 16, 12.8 -> 12.0 at 32; 5.5 -> 3.0 for the kernel of that layer at 8,
+# 7.0 -> 7.6 at 16. Not where that is over twice the work: 2.6 -> 3.4 ms with a 4x4 kernel, 1.1 -> 1.3 with one gray
+# channel, both at 32 channels.
+_BOTH_CHANNELS, _BOTH_KERNEL_CHANNELS, _VECTOR, _MOST_WORK = 32, 8, 16, 2
 # Positions for each channel of the deeper side up to which products are faster. `up` as the input gradient of `down`:
 # 4.2 -> 3.3 ms at 2, 18 -> 12 at 1, 1.2 -> 1.6 at 4; all others: 58 -> 30 ms at 1/8, 12.9 -> 14.7 at 1.
 _ADJOINT_POSITIONS, _POSITIONS = 2, 0.25
@@ -223,12 +231,75 @@ def _padding(x, kernel_size, stride, offset, size):
 
 
 def _down(x, kernel, stride, offset, size):
-    if stride == 1 and min(kernel.shape[2:]) <= _IMAGE_CHANNELS and kernel.shape[3] <= _BLOCK_CHANNELS:
-        edge = 4 if kernel.shape[3] <= _IMAGE_CHANNELS and all(o % 4 == 0 for o in size) else 2
-        if all(o % edge == 0 for o in size):
-            return _down_by_blocks(x, kernel, offset, size, edge)
-    padding = _padding(x, kernel.shape[:2], stride, offset, size)
-    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_IMAGE)
+    def plain(x, kernel):
+        if stride == 1 and min(kernel.shape[2:]) <= _IMAGE_CHANNELS and kernel.shape[3] <= _BLOCK_CHANNELS:
+            edge = 4 if kernel.shape[3] <= _IMAGE_CHANNELS and all(o % 4 == 0 for o in size) else 2
+            if all(o % edge == 0 for o in size):
+                return _down_by_blocks(x, kernel, offset, size, edge)
+        padding = _padding(x, kernel.shape[:2], stride, offset, size)
+        return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_IMAGE)
+
+    edge = 2 if stride == 1 else 1
+    few = _IMAGE_CHANNELS < kernel.shape[3] <= _BOTH_CHANNELS
+    return _on_cpu(
+        few and _blocks_pay(x, kernel.shape[:2], stride, offset, size, edge),
+        lambda x, kernel: _down_between_blocks(x, kernel, stride, offset, size, edge),
+        plain,
+        x,
+        kernel,
+    )
+
+
+def _down_between_blocks(x, kernel, stride, offset, size, edge):
+    """`_down` from blocks of the input, stride * edge wide, to blocks of the output, `edge` wide, as channels."""
+    blocks, block_kernel = _blocks(x, stride * edge), _between_blocks(kernel, stride, offset, edge)
+    missing = -blocks.shape[3] % _VECTOR
+    blocks = jnp.pad(blocks, ((0, 0), (0, 0), (0, 0), (0, missing)))
+    block_kernel = jnp.pad(block_kernel, ((0, 0), (0, 0), (0, missing), (0, 0)))
+    block_offset = tuple(-low for low, _ in _span(kernel.shape[:2], stride, offset, edge))
+    padding = _padding(blocks, block_kernel.shape[:2], 1, block_offset, [o // edge for o in size])
+    return _pixels(lax.conv_general_dilated(blocks, block_kernel, (1, 1), padding, dimension_numbers=_IMAGE), edge)
+
+
+def _blocks_pay(image, kernel_size, stride, offset, size, edge):
+    """Whether the image divides into blocks, and the kernel between them is little larger than its taps."""
+    block, channels = stride * edge, image.shape[3]
+    if any(n % block or o % edge for n, o in zip(image.shape[1:3], size, strict=True)):
+        return False
+    wide = -(-block * block * channels // _VECTOR) * _VECTOR
+    taps = math.prod(high - low + 1 for low, high in _span(kernel_size, stride, offset, edge))
+    return channels <= _IMAGE_CHANNELS and taps * wide <= _MOST_WORK * math.prod(kernel_size) * channels
+
+
+def _span(kernel_size, stride, offset, edge):
+    """The first and last input block, relative to that of an output block, that a kernel meets, per spatial axis.
+
+    Pixel e m + r of the output and tap k meet pixel s e m + s r + k - p of the input.
+    """
+    block = stride * edge
+    return [(-p // block, (stride * (edge - 1) + k - 1 - p) // block) for k, p in zip(kernel_size, offset, strict=True)]
+
+
+def _between_blocks(kernel, stride, offset, edge):
+    """The kernel between blocks: [height, width, (stride * edge)^2 * in_channels, edge^2 * out_channels]."""
+    block = stride * edge
+    margins = [
+        [(stride * r - p - low * block, (high + 1) * block - stride * r + p - k) for r in range(edge)]
+        for k, p, (low, high) in zip(
+            kernel.shape[:2], offset, _span(kernel.shape[:2], stride, offset, edge), strict=True
+        )
+    ]
+    shifted = [jnp.pad(kernel, (rows, columns, (0, 0), (0, 0))) for rows in margins[0] for columns in margins[1]]
+    taps = jnp.stack(shifted, axis=3)
+    blocks = _blocks(taps.reshape(1, *taps.shape[:2], -1), block)
+    return blocks.reshape(*blocks.shape[1:3], block * block * kernel.shape[2], edge * edge * kernel.shape[3])
+
+
+def _blocks(pixels, edge):
+    """[batch, edge * height, edge * width, channels] -> [batch, height, width, edge * edge * channels]."""
+    batch, height, width, channels = pixels.shape
+    blocks = pixels.reshape(batch, height // edge, edge, width // edge, edge, channels).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(batch, height // edge, width // edge, -1)
 
 
 def _down_by_blocks(x, kernel, offset, size, edge):
@@ -309,10 +380,21 @@ def _phases(stride, offset, kernel_size, in_size, out_size):
 
 
 def _correlate(x, y, stride, offset, kernel_size):
-    padding = _padding(x, kernel_size, stride, offset, y.shape[1:3])
-    return lax.conv_general_dilated(
-        x, y, (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=("CHWN", "IHWO", "HWNC")
-    )
+    def plain(x, y, offset=offset, kernel_size=kernel_size):
+        padding = _padding(x, kernel_size, stride, offset, y.shape[1:3])
+        return lax.conv_general_dilated(
+            x, y, (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=("CHWN", "IHWO", "HWNC")
+        )
+
+    def between_blocks(x, y):
+        # Blocks are linear in the kernel, so its gradient is the transpose at that of the kernel between blocks.
+        kernel = jax.ShapeDtypeStruct((*kernel_size, x.shape[3], y.shape[3]), x.dtype)
+        span = _span(kernel_size, 1, offset, 2)
+        grad = plain(_blocks(x, 2), _blocks(y, 2), [-low for low, _ in span], [high - low + 1 for low, high in span])
+        return jax.linear_transpose(lambda kernel: _between_blocks(kernel, 1, offset, 2), kernel)(grad)[0]
+
+    few = stride == 1 and y.shape[3] <= _BOTH_KERNEL_CHANNELS
+    return _on_cpu(few and _blocks_pay(x, kernel_size, 1, offset, y.shape[1:3], 2), between_blocks, plain, x, y)
 
 
 def _on_cpu(wanted, cpu, default, *arrays):
