@@ -193,6 +193,7 @@ def estimate(
     elif method == "natural_gradient":
         options["num_samples"] = 32 if gamma > 0.2 else 8  # few samples bias the scale where the posterior is wide
     result = ica.fit(x, sources, method=method, **options)
+    # That tolerance only keeps EM going; whether it has converged is told by the library's own.
     converged = result.residual <= 0.25 if method in ("em", "spread_em") else result.converged
     return np.asarray(result.mixing, np.float64), bool(converged)
 
