@@ -18,9 +18,15 @@ NOTES = """\
 Encoder of four 5x5 stride-2 convolutions, generator from 4x4 of four transposed ones and one to three channels, batch
 normalisation, Adam, moving average of the generator, gradient norm; float32, one batch of uint8 images. Each
 measurement is a process of its own, the sides in turn; a ratio is that of neighbouring medians, below 1 where this
-library is faster. The first row of the last table says how far the two compute the same thing from the same
-parameters."""
-SIDES = ("spread_jax", "contiguous", "channels_last", "compile")
+library is faster. The last table says how far the two compute the same thing from the same parameters.
+
+On a CPU this library's entry points let the C library keep freed memory instead of giving it back after each step. A
+PyTorch program could have that too, from the environment: those are the sides "_kept"."""
+KEPT = "_kept"
+SIDES = (
+    "spread_jax",
+    *(f"{variant}{kept}" for variant in ("contiguous", "channels_last", "compile") for kept in ("", KEPT)),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Config:
     rounds: int = 3
     """Processes for each side."""
     sides: tuple[str, ...] = SIDES
-    """What is compared: spread_jax and PyTorch's variants."""
+    """What is compared: spread_jax and PyTorch's variants, `_kept` where freed memory is."""
 
     def images_at(self, width: int) -> int:
         """The batch size of a width."""
@@ -222,11 +228,15 @@ def run(config: Config) -> list[Table]:
 
 def _alternate(config, width, sides, cache):
     """{side: one measurement for each round}; a side that fails says so once and is left out."""
-    environment = {"SPREAD_JAX_CACHE": str(cache / "jax"), "TORCHINDUCTOR_CACHE_DIR": str(cache / "torch")}
     found: dict[str, list] = {side: [] for side in sides}
     for _ in range(config.rounds):
         for side in list(found):
-            name, options = ("measure_jax", {}) if side == "spread_jax" else ("measure_torch", {"variant": side})
+            name, options = "measure_jax", {}
+            if side != "spread_jax":
+                name, options = "measure_torch", {"variant": side.removesuffix(KEPT)}
+            environment = {"SPREAD_JAX_CACHE": str(cache / side), "TORCHINDUCTOR_CACHE_DIR": str(cache / side)}
+            if side.endswith(KEPT):
+                environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
             size = {"width": width, "batch_size": config.images_at(width), "steps": config.steps}
             try:
                 result = _measure.in_new_process(f"benchmarks.step:{name}", environment=environment, **size, **options)

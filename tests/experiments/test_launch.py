@@ -1,6 +1,10 @@
-"""The hook that `--on-log` names, found in a module or a file or refused in a sentence; quick compilation."""
+"""The hook that `--on-log` names, found in a module or a file or refused in a sentence; compilation, memory."""
 
 import dataclasses
+import os
+import platform
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -92,3 +96,26 @@ def test_what_runs_a_few_times_is_compiled_quickly_and_can_be_traced(monkeypatch
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=2")
     _launch.jit_for_few_calls(function)
     assert options == [{"compiler_options": {"xla_backend_optimization_level": 1}}, {}]
+
+
+FAULTS = """
+import resource
+from experiments import _launch
+_launch.configure_jax()
+import jax, jax.numpy as jnp
+block = jax.jit(lambda x, y: (x @ y).sum())  # 100 MiB between product and sum
+arguments = jnp.ones((25600, 4)), jnp.ones((4, 1024))
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    block(*arguments).block_until_ready()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of the GNU C library")
+@pytest.mark.parametrize("own", [{}, {"MALLOC_MMAP_MAX_": "65536"}])
+def test_memory_of_a_program_is_kept_unless_the_user_has_set_it(own, tmp_path):
+    environment = {**os.environ, "SPREAD_JAX_CACHE": str(tmp_path), **own}
+    faults = int(subprocess.check_output([sys.executable, "-c", FAULTS], env=environment, text=True))
+    pages = 100 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    assert faults > pages / 2 if own else faults < pages / 10
