@@ -123,7 +123,7 @@ def fit(
                 state = train(
                     state,
                     train_step,
-                    (place_batch(batch, mesh) for _, batch in loader.iterate(start_step)),
+                    (batch for _, batch in loader.iterate(start_step, place=lambda batch: place_batch(batch, mesh))),
                     start_step=start_step,
                     num_steps=config.steps,
                     on_record=on_record,

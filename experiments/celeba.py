@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments import _generator, _launch, _train
@@ -92,9 +91,9 @@ IMAGE_SIZE = 64
 
 def draw(model: Model, state: Any, run: RunDirectory, images: np.ndarray) -> None:
     """Samples, reconstructions and interpolations of the state, as PNG files in the run's folder."""
-    variables, z = model.averaged(state), _generator.latents(model.config)
+    variables, z = model.averaged(state), np.asarray(_generator.latents(model.config))
     path = spherical_interpolation(z[:6], z[6:12], num=10)
-    both = jnp.concatenate([z, path.reshape(-1, path.shape[-1])])  # in one call: one shape to compile
+    both = np.concatenate([z, path.reshape(-1, path.shape[-1])])  # in one call: one shape to compile
     samples, between = np.split(np.asarray(model.generate(variables, both)), [len(z)])
     grid = image_grid(samples, columns=8)
     folder = run.path / "samples"
@@ -111,13 +110,13 @@ def draw(model: Model, state: Any, run: RunDirectory, images: np.ndarray) -> Non
     save_image(image_grid(between, columns=10), run.save_figure_path("interpolations.png"))
 
 
-def spherical_interpolation(start: jax.Array, end: jax.Array, *, num: int) -> jax.Array:
+def spherical_interpolation(start: np.ndarray, end: np.ndarray, *, num: int) -> np.ndarray:
     """Points [n, num, Z] on the arcs from `start` to `end` [n, Z]; their norms stay typical of N(0, I)."""
-    unit = lambda z: z / jnp.linalg.norm(z, axis=1, keepdims=True)
-    angle = jnp.arccos(jnp.clip((unit(start) * unit(end)).sum(axis=1), -0.9999, 0.9999))[:, None, None]
-    t = jnp.linspace(0.0, 1.0, num)[None, :, None]
-    arc = jnp.sin((1 - t) * angle) * start[:, None] + jnp.sin(t * angle) * end[:, None]
-    return arc / jnp.sin(angle)
+    unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)
+    angle = np.arccos(np.clip((unit(start) * unit(end)).sum(axis=1), -0.9999, 0.9999))[:, None, None]
+    t = np.linspace(0.0, 1.0, num, dtype=start.dtype)[None, :, None]
+    arc = np.sin((1 - t) * angle) * start[:, None] + np.sin(t * angle) * end[:, None]
+    return arc / np.sin(angle)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -106,6 +106,24 @@ def test_prefetching_is_bounded():
     batches.close()
 
 
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_batches_are_placed_in_the_thread(prefetch):
+    loader = Loader(numbered(30), batch_size=8, seed=1, prefetch=prefetch)
+    threads = []
+
+    def place(batch):
+        threads.append(threading.current_thread())
+        if len(threads) == 3:
+            raise RuntimeError("no such device")
+        return batch.tobytes()
+
+    batches = loader.iterate(start_step=5, place=place)
+    assert [next(batches) for _ in range(2)] == [(step, loader.batch(step).tobytes()) for step in (5, 6)]
+    assert (threading.main_thread() in threads) == (prefetch == 0)
+    with pytest.raises(RuntimeError, match="no such device"):
+        next(batches)
+
+
 def test_an_exception_in_the_thread_reaches_the_consumer():
     loader = Loader(numbered(30), batch_size=8, seed=1)
     original = loader.batch

@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -129,19 +130,35 @@ class Loader:
             raise DatasetError(f"The data set {self.dataset.name} has no labels.")
         return np.take(self.dataset.labels, self._host_indices(step), axis=0)
 
-    def iterate(self, start_step: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+    def iterate(
+        self, start_step: int = 0, *, place: Callable[[np.ndarray], Any] | None = None
+    ) -> Iterator[tuple[int, Any]]:
         """Yield (step, batch) from `start_step` on, without end.
 
         One thread prepares up to `prefetch` batches ahead. An exception in it is raised here, and
         closing or dropping the iterator ends it.
 
+        Args:
+            start_step: number of the first batch.
+            place: batch -> what is yielded in its stead, called in the thread: with `jax.device_put` the batch
+                is on the device before the step asks for it. Up to `prefetch` + 2 batches are there at once.
+
         Raises:
             DatasetError: a batch took longer than $SPREAD_JAX_READ_TIMEOUT seconds (300); not seen without a thread.
+
+        Example:
+            >>> import jax, numpy as np
+            >>> from spread_jax.data import Dataset, Loader
+            >>> loader = Loader(Dataset.from_array(np.zeros((10, 4, 4, 1), np.uint8)), batch_size=4, seed=0)
+            >>> step, batch = next(loader.iterate(7, place=jax.device_put))
+            >>> step, batch.shape, isinstance(batch, jax.Array)
+            (7, (4, 4, 4, 1), True)
         """
+        placed = self.batch if place is None else lambda step: place(self.batch(step))
         if self.prefetch == 0:
             step = start_step
             while True:
-                yield step, self.batch(step)
+                yield step, placed(step)
                 step += 1
 
         ready: queue.Queue = queue.Queue(maxsize=self.prefetch)
@@ -159,7 +176,7 @@ class Loader:
             step = start_step
             try:
                 while not stopped.is_set():
-                    put((step, self.batch(step), None))
+                    put((step, placed(step), None))
                     step += 1
             except BaseException as error:
                 put((step, None, error))
