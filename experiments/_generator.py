@@ -161,9 +161,9 @@ class GeneratorConfig:
 
     record_every: int = 20
     """Steps of all players between lines of metrics.jsonl."""
-    sample_every: int = 400
+    sample_every: int = 600
     """Steps of all players between sample grids and held-out evaluations."""
-    save_every: int = 400
+    save_every: int = 600
     """Steps of all players between checkpoints."""
     keep: int = 3
     """Checkpoints to keep, besides the best."""

@@ -191,14 +191,12 @@ def _keep_memory() -> bool:
     maps a block of over 32 MiB anew each time, so the system clears every page of it again: 18, 14, 11 and 11 % of the
     time of a step at widths 16, 32, 64 and 128 on two cores. Kept is only what the first thread asks for, the arenas of
     the others hold 64 MiB at most, so programs must run in the thread that calls them. One arena for all threads would
-    do without that, but cost 12 of 50 ms at width 16. Settings of the user's for either stand.
+    do without that, but cost 12 of 50 ms at width 16. Settings of the user's for malloc stand.
     """
-    of_malloc = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
+    set_by_user = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(
         f"MALLOC_{name}_" in os.environ for name in ("MMAP_MAX", "MMAP_THRESHOLD", "TRIM_THRESHOLD")
     )
-    if of_malloc or "JAX_CPU_ENABLE_ASYNC_DISPATCH" in os.environ:
-        return False
-    if platform.libc_ver()[0] != "glibc":
+    if set_by_user or platform.libc_ver()[0] != "glibc":
         return False
     set_option = ctypes.CDLL(None).mallopt
     trim_threshold, mmap_max = -1, -4  # of malloc.h

@@ -103,7 +103,7 @@ import resource
 from experiments import _launch
 _launch.configure_jax()
 import jax, jax.numpy as jnp
-block = jax.jit(lambda x, y: (x @ y).sum())  # 100 MiB between product and sum
+block = jax.jit(lambda x, y: jax.lax.optimization_barrier(x @ y).sum())  # 100 MiB between product and sum
 arguments = jnp.ones((25600, 4)), jnp.ones((4, 1024))
 for _ in range(3):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
