@@ -62,6 +62,11 @@ class Config:
     """Measure PyTorch, if it is installed."""
 
 
+WITHOUT_ACCELERATOR = Config(
+    width=2, batch_sizes=(4, 8), steps=2, size=500, matmul_size=256, budget=120.0, out=Path("runs/bench-gpu")
+)
+
+
 def step_flops(width: int, batch_size: int) -> float:
     """Floating-point operations of a train step: three forward passes, two for each multiplication and addition.
 
@@ -127,15 +132,20 @@ class Call:
 def main(argv: list[str] | None = None) -> None:
     """Measures everything that fits the budget."""
     argv = sys.argv[1:] if argv is None else argv
-    config = tyro.cli(Config, args=argv, prog="python -m benchmarks.gpu", description=__doc__)
-    machine = _report.Machine.now()
-    call = Call(config, machine, shlex.join(["python", "-m", "benchmarks.gpu", *argv]))
-    # PyTorch's processes come first, and JAX must leave them memory should any run later.
+    # PyTorch's processes come first, and need the accelerator's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    _peers(config, call)
-
     import jax
 
+    without = jax.default_backend() == "cpu"
+    sizes = WITHOUT_ACCELERATOR if without else Config()
+    config = tyro.cli(Config, default=sizes, args=argv, prog="python -m benchmarks.gpu", description=__doc__)
+    if without:
+        print(
+            f"There is no accelerator: sizes are small, to see that all works. Tables go to {config.out}.", flush=True
+        )
+    machine = _report.Machine.now()
+    call = Call(config, machine, shlex.join(["python", "-m", "benchmarks.gpu", *argv]))
+    _peers(config, call)
     device = jax.devices()[0].device_kind
     peaks = peak_flops(config.matmul_size)
     call.tables["Peak"] = [
