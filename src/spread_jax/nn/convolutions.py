@@ -380,18 +380,22 @@ def _phases(stride, offset, kernel_size, in_size, out_size):
 
 
 def _correlate(x, y, stride, offset, kernel_size):
-    def plain(x, y, offset=offset, kernel_size=kernel_size):
+    def plain(x, y, offset=offset, kernel_size=kernel_size, dtype=None):
         padding = _padding(x, kernel_size, stride, offset, y.shape[1:3])
         return lax.conv_general_dilated(
-            x, y, (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=("CHWN", "IHWO", "HWNC")
-        )
+            x, y, (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=("CHWN", "IHWO", "HWNC"),
+            preferred_element_type=dtype,
+        )  # fmt: skip
 
     def between_blocks(x, y):
-        # Blocks are linear in the kernel, so its gradient is the transpose at that of the kernel between blocks.
-        kernel = jax.ShapeDtypeStruct((*kernel_size, x.shape[3], y.shape[3]), x.dtype)
-        span = _span(kernel_size, 1, offset, 2)
-        grad = plain(_blocks(x, 2), _blocks(y, 2), [-low for low, _ in span], [high - low + 1 for low, high in span])
-        return jax.linear_transpose(lambda kernel: _between_blocks(kernel, 1, offset, 2), kernel)(grad)[0]
+        # Blocks are linear in the kernel, so its gradient is the transpose at that of the kernel between blocks: a sum,
+        # in float32 at least.
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        kernel = jax.ShapeDtypeStruct((*kernel_size, x.shape[3], y.shape[3]), dtype)
+        low, length = zip(*((-low, high - low + 1) for low, high in _span(kernel_size, 1, offset, 2)), strict=True)
+        grad = plain(_blocks(x, 2), _blocks(y, 2), low, length, dtype)
+        total = jax.linear_transpose(lambda kernel: _between_blocks(kernel, 1, offset, 2), kernel)(grad)[0]
+        return total.astype(x.dtype)
 
     few = stride == 1 and y.shape[3] <= _BOTH_KERNEL_CHANNELS
     return _on_cpu(few and _blocks_pay(x, kernel_size, 1, offset, y.shape[1:3], 2), between_blocks, plain, x, y)
