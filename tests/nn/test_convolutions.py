@@ -170,3 +170,14 @@ def test_parameters_are_flaxs(ours, flaxs):
     variables, reference = (layer.init(jax.random.key(1), x) for layer in (mine, theirs))
     jax.tree.map(np.testing.assert_array_equal, variables, reference)
     np.testing.assert_allclose(mine.apply(variables, x), theirs.apply(variables, x), rtol=1e-5, atol=1e-5)
+
+
+def test_kernel_gradients_between_blocks_are_summed_in_float32():
+    x, kernel, ours, native = both_forms(conv_transpose, 64, 8, 3, 5, 1, "float32")
+    x, kernel, cotangent = (array.astype(jnp.bfloat16) for array in (x, kernel, jnp.ones((*x.shape[:3], 3))))
+    gradient = lambda function, dtype: jax.vjp(lambda w: function(x.astype(dtype), w), kernel.astype(dtype))[1](
+        cotangent.astype(dtype)
+    )[0]
+    actual, expected = jax.jit(lambda: (gradient(ours, jnp.bfloat16), gradient(native, jnp.float32)))()
+    # Each number is rounded once.
+    assert np.all(np.abs(actual.astype(jnp.float32) - expected) <= 2**-8 * np.abs(expected) + 1e-3)
