@@ -66,24 +66,65 @@ def both_forms(operation, size, in_channels, out_channels, taps, stride, dtype, 
     return x, kernel, ours, native
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(function, x, kernel, cotangent):
+    value, pull = jax.vjp(function, x, kernel)
+    return value, pull(cotangent)
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=lambda v: "-".join(map(str, (v[0].__name__, *v[1:]))))
 def test_value_and_gradients_are_laxs(layer, dtype):
     x, kernel, ours, native = both_forms(*layer, dtype)
-
-    def value_and_gradients(function, x, kernel, cotangent):
-        value, pull = jax.vjp(function, x, kernel)
-        return value, pull(cotangent)
-
     shape = jax.eval_shape(native, x, kernel)
     cotangent = jnp.asarray(RNG.normal(size=shape.shape), dtype)
-    actual, expected = (
-        jax.jit(value_and_gradients, static_argnums=0)(function, x, kernel, cotangent) for function in (ours, native)
-    )
+    actual, expected = (value_and_gradients(function, x, kernel, cotangent) for function in (ours, native))
     limit = {"float32": 1e-5, "float64": 1e-13}[dtype]
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert a.shape == e.shape
         assert a.dtype == dtype
         assert np.abs(a - e).max() <= limit * np.abs(e).max()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+@pytest.mark.parametrize(
+    "layer", [v for v in LAYERS if v[-1] > 1], ids=lambda v: "-".join(map(str, (v[0].__name__, *v[1:])))
+)
+def test_forms_of_other_platforms(layer, platform, monkeypatch, x64):
+    """The branches that no CPU takes, run on one."""
+
+    def branch(*arrays, default, **branches):
+        return branches.get(platform, default)(*arrays)
+
+    monkeypatch.setattr(convolutions.lax, "platform_dependent", branch)
+    x, kernel, ours, native = both_forms(*layer, "float64")
+    cotangent = jnp.asarray(RNG.normal(size=jax.eval_shape(native, x, kernel).shape))
+    actual, expected = (value_and_gradients(function, x, kernel, cotangent) for function in (ours, native))
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.shape == e.shape
+        assert np.abs(a - e).max() <= 1e-13 * np.abs(e).max()
+
+
+def lowered_for(platform, layer):
+    """The convolutions and barriers in the program of a value and its gradients, uncompiled."""
+    x, kernel, ours, _ = both_forms(*layer, "float32")
+    gradients = jax.jit(jax.value_and_grad(lambda x, kernel: jnp.sum(ours(x, kernel) ** 2), (0, 1)))
+    text = gradients.trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+    return [line for line in text.splitlines() if "stablehlo.convolution" in line or "optimization_barrier" in line]
+
+
+def test_a_gpu_gets_gradient_routines():
+    lines = lowered_for("cuda", (conv_transpose, 8, 6, 40, 5, 2))
+    assert sum("optimization_barrier" in line for line in lines) == 1
+    assert sum("lhs_dilate = [2, 2]" in line for line in lines) == 1  # the value
+    assert sum("stride = [2, 2]" in line for line in lines) == 1
+    assert sum("rhs_dilate = [2, 2]" in line for line in lines) == 1
+    assert len(lines) == 4
+    # With more taps than pixels: phases, and a product for the kernel.
+    lines = lowered_for("cuda", (conv_transpose, 4, 6, 40, 5, 2))
+    assert not any("dilate = [2, 2]" in line for line in lines)
+    assert len(lines) == 5
+    # A TPU dilates by itself.
+    assert not any("optimization_barrier" in line for line in lowered_for("tpu", (conv_transpose, 8, 6, 40, 5, 2)))
 
 
 # Channels change the rounding only: narrow networks here, SPREAD_JAX_WIDTHS=16,32,64,128 for the published ones.
@@ -122,11 +163,6 @@ def test_every_layer_of_the_published_networks(width, monkeypatch):
         *(("conv", size) for size in (64, 32, 16, 8, 28, 14)),
         *(("conv_transpose", size) for size in (4, 8, 16, 32, 64, 7, 14)),
     }
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def value_and_gradients(function, x, kernel, cotangent):
-        value, pull = jax.vjp(function, x, kernel)
-        return value, pull(cotangent)
 
     for layer in layers:
         x, kernel, ours, native = both_forms(*layer, "float32")

@@ -1,4 +1,4 @@
-"""Convolutions whose gradients are fast on a CPU, with Flax's parameters.
+"""Convolutions whose gradients are fast, with Flax's parameters.
 
 A strided convolution ("down") and a transposed one ("up") are the two maps, and each is the other's
 input gradient. With stride s, kernel w of size K and offset p they are, per spatial axis,
@@ -28,6 +28,15 @@ Two more forms of the same sums, each where it was measured to be faster on two 
   - *products*: with few positions (batch x height x width) and many channels the kernel is larger than the images, and
     flipping, transposing or slicing it is what costs. One matrix product for each tap, or for all at once, leaves it
     as it lies, and shifts images instead: 54 -> 13 ms for the input gradient from 1,024 channels to 512 at batch 8.
+
+On a GPU or TPU the three maps are single operations of the platform, if they are written as what its compiler
+recognises. For cuDNN, as XLA of jax 0.10 compiles for an H200 (`python -m benchmarks.program`):
+
+  - `up` is the gradient routine of `down` where a reversed kernel meets a dilated image. XLA cancels the reversal of a
+    kernel that was just reversed and then convolves all the zeros, four times the work, unless a barrier lies between;
+  - with fewer pixels than taps it exchanges the operands, eight times the work: there the phases stay;
+  - a kernel gradient is the gradient routine only if the images are larger than the kernel, and else a convolution
+    whose kernel is filled with zeros, three times the work: there it is one matrix product.
 
 Reverse mode of any order works; forward mode does not go through a custom gradient, so `native=True` keeps
 XLA's own form reachable. Parameters, names and initialisers are Flax's: checkpoints are interchangeable.
@@ -64,7 +73,7 @@ _ADJOINT_POSITIONS, _POSITIONS = 2, 0.25
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, *, native: bool = False) -> jax.Array:
-    """Strided convolution with SAME padding, `lax.conv_general_dilated` with a CPU-friendly gradient.
+    """Strided convolution with SAME padding, `lax.conv_general_dilated` with a fast gradient.
 
     Args:
       x: images [batch, height, width, in_channels].
@@ -86,7 +95,7 @@ def conv(x: jax.Array, kernel: jax.Array, stride: int = 1, *, native: bool = Fal
 
 
 def conv_transpose(x: jax.Array, kernel: jax.Array, stride: int, *, native: bool = False) -> jax.Array:
-    """Transposed convolution with SAME padding, `lax.conv_transpose` with a CPU-friendly gradient.
+    """Transposed convolution with SAME padding, `lax.conv_transpose` in a fast form, with a fast gradient.
 
     Args:
       x: images [batch, height, width, in_channels].
@@ -146,9 +155,11 @@ def _conv_backward(stride, residuals, grad):
         taps = jnp.concatenate(_taps(x, kernel.shape[:2], stride, offset, grad.shape[1:3]), axis=-1)
         return _over_positions(taps, grad).reshape(kernel.shape)
 
+    cpu = grad_kernel_by_product if _few_positions(grad) else grad_kernel
+    gpu = grad_kernel_by_product if _taken_for_forward(grad, kernel, stride) else grad_kernel
     return (
         _on_cpu(_few_positions(grad, _ADJOINT_POSITIONS), grad_x_by_product, grad_x, grad, kernel),
-        _on_cpu(_few_positions(grad), grad_kernel_by_product, grad_kernel, x, grad),
+        lax.platform_dependent(x, grad, cpu=cpu, cuda=gpu, rocm=gpu, default=grad_kernel),
     )
 
 
@@ -195,9 +206,16 @@ def _conv_transpose_backward(stride, residuals, grad):
         every = jnp.stack(taps(grad))
         return jax.vmap(_over_positions)(jnp.broadcast_to(x, (len(every), *x.shape)), every).reshape(kernel.shape)
 
+    def grad_kernel_by_one_product(x, grad):
+        every = _over_positions(x, jnp.concatenate(taps(grad), axis=-1))
+        return every.reshape(-1, *kernel.shape[:2], kernel.shape[3]).transpose(1, 2, 0, 3)
+
     few = _few_positions(x)
-    return _on_cpu(few, grad_x_by_product, grad_x, grad, kernel), _on_cpu(
-        few, grad_kernel_by_product, grad_kernel, x, grad
+    cpu = grad_kernel_by_product if few else grad_kernel
+    gpu = grad_kernel_by_one_product if _taken_for_forward(x, kernel, stride) else grad_kernel
+    return (
+        _on_cpu(few, grad_x_by_product, grad_x, grad, kernel),
+        lax.platform_dependent(x, grad, cpu=cpu, cuda=gpu, rocm=gpu, default=grad_kernel),
     )
 
 
@@ -321,8 +339,31 @@ def _pixels(blocks, edge):
 def _up(x, kernel, stride, offset, size):
     if stride == 1:
         return _down(x, kernel, 1, offset, size)
-    if kernel.shape[3] <= _PHASE_CHANNELS:
+
+    def phases(x, kernel):
+        return _up_by_phases(x, kernel, stride, offset, size)
+
+    def blocks(x, kernel):
         return _up_by_blocks(x, kernel, stride, offset, size)
+
+    def dilated(x, kernel):
+        axes = zip(offset, size, kernel.shape[:2], x.shape[1:3], strict=True)
+        padding = [(p, o + k - 2 - p - stride * (n - 1)) for p, o, k, n in axes]
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1), padding, lhs_dilation=(stride, stride), dimension_numbers=_IMAGE
+        )
+
+    def adjoint(x, kernel):
+        # A dilated image and a reversed kernel are what XLA knows a gradient by.
+        flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)))
+        return dilated(x, jnp.flip(flipped, (0, 1)))
+
+    gpu = adjoint if math.prod(kernel.shape[:2]) <= math.prod(x.shape[1:3]) else phases
+    cpu = blocks if kernel.shape[3] <= _PHASE_CHANNELS else phases
+    return lax.platform_dependent(x, kernel, cpu=cpu, cuda=gpu, rocm=gpu, default=dilated)
+
+
+def _up_by_phases(x, kernel, stride, offset, size):
     phases_h = _phases(stride, offset[0], kernel.shape[0], x.shape[1], size[0])
     phases_w = _phases(stride, offset[1], kernel.shape[1], x.shape[2], size[1])
     rows = []
@@ -404,6 +445,11 @@ def _correlate(x, y, stride, offset, kernel_size):
 def _on_cpu(wanted, cpu, default, *arrays):
     """cpu(*arrays) if wanted and compiled for a CPU, else default(*arrays)."""
     return lax.platform_dependent(*arrays, cpu=cpu, default=default) if wanted else default(*arrays)
+
+
+def _taken_for_forward(deep, kernel, stride):
+    """Whether XLA takes a kernel gradient on a GPU for a convolution, of which `deep` is the kernel, with gaps."""
+    return stride > 1 and all(n <= k for n, k in zip(deep.shape[1:3], kernel.shape[:2], strict=True))
 
 
 def _few_positions(deep, for_each_channel=_POSITIONS):
