@@ -114,17 +114,19 @@ def lowered_for(platform, layer):
 
 def test_a_gpu_gets_gradient_routines():
     lines = lowered_for("cuda", (conv_transpose, 8, 6, 40, 5, 2))
-    assert sum("optimization_barrier" in line for line in lines) == 1
-    assert sum("lhs_dilate = [2, 2]" in line for line in lines) == 1  # the value
-    assert sum("stride = [2, 2]" in line for line in lines) == 1
-    assert sum("rhs_dilate = [2, 2]" in line for line in lines) == 1
-    assert len(lines) == 4
-    # With more taps than pixels: phases, and a product for the kernel.
+    for operation in ("lhs_dilate = [2, 2]", "stride = [2, 2]", "rhs_dilate = [2, 2]"):
+        assert sum(operation in line for line in lines) == 1
+    # One for the reversed kernel, and one for the padded cotangent in each gradient, which XLA makes one again.
+    assert sum("optimization_barrier" in line for line in lines) == 3
+    assert len(lines) == 6
+    # With more taps than pixels: phases of the value, each padded, the gradient to x, and a product for the kernel's.
     lines = lowered_for("cuda", (conv_transpose, 4, 6, 40, 5, 2))
     assert not any("dilate = [2, 2]" in line for line in lines)
-    assert len(lines) == 5
-    # A TPU dilates by itself.
-    assert not any("optimization_barrier" in line for line in lowered_for("tpu", (conv_transpose, 8, 6, 40, 5, 2)))
+    assert sum("convolution" in line for line in lines) == 5
+    # A TPU dilates and pads by itself.
+    lines = lowered_for("tpu", (conv_transpose, 8, 6, 40, 5, 2))
+    assert len(lines) == 3
+    assert not any("optimization_barrier" in line for line in lines)
 
 
 # Channels change the rounding only: narrow networks here, SPREAD_JAX_WIDTHS=16,32,64,128 for the published ones.

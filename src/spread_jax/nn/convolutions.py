@@ -36,7 +36,9 @@ recognises. For cuDNN, as XLA of jax 0.10 compiles for an H200 (`python -m bench
     kernel that was just reversed and then convolves all the zeros, four times the work, unless a barrier lies between;
   - with fewer pixels than taps it exchanges the operands, eight times the work: there the phases stay;
   - a kernel gradient is the gradient routine only if the images are larger than the kernel, and else a convolution
-    whose kernel is filled with zeros, three times the work: there it is one matrix product.
+    whose kernel is filled with zeros, three times the work: there it is one matrix product;
+  - it pads both sides alike, and XLA otherwise once for `down` or `up` and once more, by other sizes, for the kernel's
+    gradient: an image is padded once for both, behind a barrier.
 
 Reverse mode of any order works; forward mode does not go through a custom gradient, so `native=True` keeps
 XLA's own form reachable. Parameters, names and initialisers are Flax's: checkpoints are interchangeable.
@@ -255,7 +257,7 @@ def _down(x, kernel, stride, offset, size):
             if all(o % edge == 0 for o in size):
                 return _down_by_blocks(x, kernel, offset, size, edge)
         padding = _padding(x, kernel.shape[:2], stride, offset, size)
-        return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_IMAGE)
+        return _convolve(x, kernel, padding, window_strides=(stride, stride), dimension_numbers=_IMAGE)
 
     edge = 2 if stride == 1 else 1
     few = _IMAGE_CHANNELS < kernel.shape[3] <= _BOTH_CHANNELS
@@ -266,6 +268,21 @@ def _down(x, kernel, stride, offset, size):
         x,
         kernel,
     )
+
+
+def _convolve(x, kernel, padding, **settings):
+    """A convolution of x, which on a GPU two of them share as it is once padded."""
+
+    def padded(x, kernel):
+        whole = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)))
+        return lax.conv_general_dilated(lax.optimization_barrier(whole), kernel, padding="VALID", **settings)
+
+    def plain(x, kernel):
+        return lax.conv_general_dilated(x, kernel, padding=padding, **settings)
+
+    if all(low == high for low, high in padding):
+        return plain(x, kernel)
+    return lax.platform_dependent(x, kernel, cuda=padded, rocm=padded, default=plain)
 
 
 def _down_between_blocks(x, kernel, stride, offset, size, edge):
@@ -423,9 +440,9 @@ def _phases(stride, offset, kernel_size, in_size, out_size):
 def _correlate(x, y, stride, offset, kernel_size):
     def plain(x, y, offset=offset, kernel_size=kernel_size, dtype=None):
         padding = _padding(x, kernel_size, stride, offset, y.shape[1:3])
-        return lax.conv_general_dilated(
-            x, y, (1, 1), padding, rhs_dilation=(stride, stride), dimension_numbers=("CHWN", "IHWO", "HWNC"),
-            preferred_element_type=dtype,
+        return _convolve(
+            x, y, padding, window_strides=(1, 1), rhs_dilation=(stride, stride),
+            dimension_numbers=("CHWN", "IHWO", "HWNC"), preferred_element_type=dtype,
         )  # fmt: skip
 
     def between_blocks(x, y):
