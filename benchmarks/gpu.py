@@ -3,8 +3,8 @@
   python -m benchmarks.gpu                   under 8 minutes
   python -m benchmarks.gpu --budget 200      shorter: what no longer fits is named and left out
 
-Runs on a CPU too (give small --width, --batch-sizes and --size), where it only shows that it works. Rows are printed as
-they come and gpu.json and gpu.md written after each, so that an interrupted call keeps what it has measured.
+On a CPU the sizes are small by themselves, and it only shows that it works. Rows are printed as they come and gpu.json
+and gpu.md written after each, so that an interrupted call keeps what it has measured.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as bench
-from benchmarks import _measure, _report, density, devices, gpu, loader, profile, start, step
+from benchmarks import _measure, _report, density, devices, gpu, loader, profile, program, start, step
 from experiments import _launch
 
 ROOT = Path(__file__).parents[2]
@@ -194,3 +194,56 @@ def test_profile_names_the_costliest_operations(tmp_path):
     assert 0 < shares.sum() <= 1
     assert any("conv_general_dilated" in row[3] for row in rows)
     assert list(tmp_path.rglob("*.xplane.pb"))
+
+
+def test_the_work_of_a_compiled_program():
+    text = """\
+HloModule step
+
+%fused (p.1: bf16[8,4], p.2: bf16[4,2]) -> bf16[8,2] {
+  %p.1 = bf16[8,4]{1,0} parameter(0)
+  %p.2 = bf16[4,2]{1,0} parameter(1)
+  ROOT %dot = bf16[8,2]{1,0} dot(%p.1, %p.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (x: bf16[2,8,8,3], w: bf16[5,5,5,3], a: bf16[8,4], b: bf16[4,2]) -> bf16[8,2] {
+  %x = bf16[2,8,8,3]{3,2,1,0} parameter(0)
+  %w = bf16[5,5,5,3]{3,2,1,0} parameter(1)
+  %a = bf16[8,4]{1,0} parameter(2)
+  %b = bf16[4,2]{1,0} parameter(3)
+  %y = (bf16[2,4,4,5]{3,2,1,0}, u8[0]{0}) custom-call(%x, %w), window={size=5x5 stride=2x2 pad=2_2x2_2}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward"
+  %value = bf16[2,4,4,5]{3,2,1,0} get-tuple-element(%y), index=0
+  %gx = (bf16[2,8,8,3]{3,2,1,0}, u8[0]{0}) custom-call(%value, %w), window={size=5x5 stride=2x2 pad=2_2x2_2}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput"
+  %gw = (bf16[5,5,5,3]{3,2,1,0}, u8[0]{0}) custom-call(%x, %value), window={size=5x5 stride=2x2 pad=2_2x2_2}, \
+dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardFilter"
+  %c = bf16[8,2]{1,0} custom-call(%a, %b), custom_call_target="__cublas$gemm", \
+backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %s = bf16[8,2]{1,0} add(%c, %c)
+  ROOT %d = bf16[8,2]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused
+}
+"""
+    found = program.operations(text)
+    assert [operation.routine for operation in found] == ["forward", "input", "kernel", "product", "", "product"]
+    work = 2 * 2 * 4 * 4 * 5 * 3 * 25
+    assert [operation.flops for operation in found] == [work, work, work, 128, 0, 128]
+    x, w, y = 2 * 8 * 8 * 3 * 2, 5 * 5 * 5 * 3 * 2, 2 * 4 * 4 * 5 * 2
+    assert [operation.bytes for operation in found] == [x + w + y] * 3 + [
+        2 * (32 + 8 + 16),
+        2 * 3 * 16,
+        2 * (32 + 8 + 16),
+    ]
+    summary = program.summary(found, 3 * work, "bfloat16")
+    assert {name: summary[name] for name in ("forward", "input gradient", "kernel gradient", "products", "others")} == {
+        "forward": 1, "input gradient": 1, "kernel gradient": 1, "products": 2, "others": 1,
+    }  # fmt: skip
+    assert summary["/ needed"] == (3 * work + 256) / (3 * work)
+    # So small that each waits for memory.
+    assert summary["least ms"] == pytest.approx(1e3 * summary["GB"] * 1e9 / program.BYTES_PER_SECOND)
+
+
+def test_a_compiler_for_gpus_is_asked_for(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"pip install 'jax\[cuda12\]'"):
+        program.main([])
