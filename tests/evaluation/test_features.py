@@ -25,9 +25,9 @@ from spread_jax.evaluation import (
 
 @pytest.fixture(scope="module")
 def faces():
-    """Images 32x32 of synthetic faces, small ones: every second pixel."""
+    """Images 16x16 of synthetic faces, small ones: every fourth pixel."""
     images = render_faces(sample_factors(np.random.default_rng(1), 480))
-    return np.ascontiguousarray(images[:, ::2, ::2])
+    return np.ascontiguousarray(images[:, ::4, ::4])
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_a_file_comes_back_and_a_damaged_one_is_refused(network, faces, tmp_path
     np.savez(tmp_path / "other.npz", a=np.zeros(3))
     np.savez(tmp_path / "pickle.npz", config=np.array([{}], dtype=object))
     np.savez_compressed(tmp_path / "packed.npz", **arrays)  # may unpack to anything
-    for key, value in (("width", "4"), ("image_shape", [32, 32]), ("data", None), ("image_shape", 3)):
+    for key, value in (("width", "4"), ("image_shape", [16, 16]), ("data", None), ("image_shape", 3)):
         odd = np.array(json.dumps({**network.config, key: value}))
         np.savez(tmp_path / f"{key}-{value}.npz", **{**arrays, "config": odd})
     np.savez(tmp_path / "deep.npz", **{**arrays, "config": np.array("[" * 50_000)})
@@ -128,12 +128,12 @@ def test_the_fingerprint_depends_on_config_and_numbers(network):
 
 
 def test_what_is_refused(network, faces):
-    with pytest.raises(ValueError, match=r"images must be \[n, 32, 32, 3\]"):
-        network(faces[:, :16])
+    with pytest.raises(ValueError, match=r"images must be \[n, 16, 16, 3\]"):
+        network(faces[:, :8])
     with pytest.raises(ValueError, match="uint8 or floating point"):
         network(faces.astype(int))
     with pytest.raises(ValueError, match="at least two square ones"):
-        train_features(faces[:, :16], key=jax.random.key(0))
+        train_features(faces[:, :8], key=jax.random.key(0))
     with pytest.raises(ValueError, match=r"labels must be integers \[480\]"):
         train_features(faces, np.zeros(3, int), key=jax.random.key(0))
 
