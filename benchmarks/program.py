@@ -1,10 +1,11 @@
-"""What a train step becomes on a GPU, compiled for one that need not be there.
+"""What a train step becomes on a GPU and on a TPU, compiled for ones that need not be there.
 
-  pip install 'jax[cuda12]'                  the compiler; no driver, no GPU
-  python -m benchmarks.program               the published model on an H200, about a minute on 2 cores
+  pip install 'jax[cuda12]' 'jax[tpu]'       the compilers; no driver, no device
+  python -m benchmarks.program               the published model on an H200 and a TPU v5e, about 6 minutes on 2 cores
 
-Counts the routines that are asked of cuDNN and cuBLAS, their multiplications, and what all operations read and write,
-for this library's convolutions and for XLA's own. Nothing is run: what comes out is the work, not the time.
+For the GPU it counts the routines that are asked of cuDNN and cuBLAS, their multiplications, and what all operations
+read and write; for the TPU it adds up the cycles that its compiler expects. Nothing is run: what comes out is the work,
+not the time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import importlib.util
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -24,14 +26,17 @@ import tyro
 from benchmarks import _report, gpu, step
 from benchmarks._report import Table
 
-TITLE = "The train step as compiled for an H200"
+TITLE = "The train step as compiled for an H200 and a TPU v5e"
 NOTES = """\
-Compiled without a GPU and not run. forward, input and kernel gradient are calls of cuDNN's three routines. TFLOP are
-those of cuDNN's and cuBLAS' calls as they stand, zeros included; "/ needed" is their ratio to three forward passes. GB
-is what all operations read and write, each from memory. least ms adds up the longer of both for every operation, at the
-data sheet's 4.8 TB/s and 989 (bfloat16), 495 (tf32) or 67 (float32) TFLOP/s: no run is as fast, it is there to compare
-programs by. MiB are allocated beside the state and the batch. "native" are XLA's own convolutions and gradients,
-"custom" this library's."""
+Compiled without these devices and not run. "native" are XLA's own convolutions and gradients, "custom" this library's;
+MiB are allocated beside the state and the batch.
+
+H200: forward, input and kernel gradient are calls of cuDNN's three routines. TFLOP are those of cuDNN's and cuBLAS'
+calls as they stand, zeros included; "/ needed" is their ratio to three forward passes. GB is what all operations read
+and write, each from memory. least ms adds up the longer of both for every operation, at the data sheet's 4.8 TB/s and
+989 (bfloat16), 495 (tf32) or 67 (float32) TFLOP/s: no run is as fast, it is there to compare programs by.
+
+TPU v5e: million cycles and GB are the compiler's own estimates."""
 BYTES_PER_SECOND = 4.8e12
 FLOPS_PER_SECOND = {"bfloat16": 989e12, "tf32": 495e12, "float32": 67e12}
 # Compute capability, sizes and versions that XLA's passes ask for.
@@ -68,9 +73,14 @@ class Config:
     batch_sizes: tuple[int, ...] = (100, 1024)
     """Images in a batch."""
     precisions: tuple[Literal["float32", "tf32", "bfloat16"], ...] = ("bfloat16", "tf32")
-    """Which precisions."""
+    """Which precisions on the GPU; on the TPU it is bfloat16."""
+    targets: tuple[Literal["h200", "v5e"], ...] = ("h200", "v5e")
+    """Which devices."""
     out: Path = Path("docs/benchmarks")
     """Folder for program.json and program.md."""
+
+
+PLUGINS = {"h200": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "v5e": ("libtpu",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,13 +161,21 @@ def _convolution_flops(routine, result, arguments, settings):
     return 2.0 * math.prod(output) * image[labels[0].index("f")] * math.prod(taps)
 
 
-def compiled_for(target: str, width: int, batch_size: int, precision: str, *, native: bool):
-    """The step's compiled program for a GPU that is described by XLA's `GpuTargetConfigProto` as text."""
-    import jax
+def devices_of(target: str) -> list:
+    """A device that is described and not there."""
     from jax.experimental import topologies
 
-    devices = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target).devices
-    placed = jax.sharding.NamedSharding(jax.sharding.Mesh(devices, ("device",)), jax.sharding.PartitionSpec())
+    if target == "v5e":
+        return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[:1]
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200).devices
+
+
+def compiled_for(target: str, width: int, batch_size: int, precision: str, *, native: bool):
+    """The step's compiled program for a device that need not be there."""
+    import jax
+
+    mesh = jax.sharding.Mesh(devices_of(target), ("device",))
+    placed = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     dtype, matmul_precision = gpu.PRECISIONS[precision]
     trainee = step.build(width, dtype=dtype, native=native)
     abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed)
@@ -165,11 +183,12 @@ def compiled_for(target: str, width: int, batch_size: int, precision: str, *, na
     arguments = jax.tree.map(abstract, (jax.eval_shape(trainee.initial_state), images))
     with jax.default_matmul_precision(matmul_precision):
         lowered = trainee.train_step.lower(*arguments)
-    return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0})  # which would measure
+    # Autotuning would measure.
+    return lowered.compile(compiler_options={"xla_gpu_autotune_level": 0} if target == "h200" else None)
 
 
 def summary(found: list[Operation], needed: float, precision: str) -> dict:
-    """Calls, work and bound of a program."""
+    """Calls, work and bound of a GPU's program."""
     flops = sum(operation.flops for operation in found)
     seconds = sum(max(o.flops / FLOPS_PER_SECOND[precision], o.bytes / BYTES_PER_SECOND) for o in found)
     names = {"forward": "forward", "input": "input gradient", "kernel": "kernel gradient", "product": "products"}
@@ -183,24 +202,51 @@ def summary(found: list[Operation], needed: float, precision: str) -> dict:
     }
 
 
+def expected_cycles(text: str) -> int:
+    """The sum of what a TPU's compiler expects of its operations.
+
+    Example:
+      >>> expected_cycles('backend_config={"estimated_cycles":"70"}, backend_config={"estimated_cycles":"5"}')
+      75
+    """
+    return sum(int(cycles) for cycles in re.findall(r'"estimated_cycles":"(\d+)"', text))
+
+
+def row(config: Config, target: str, batch_size: int, precision: str, *, native: bool) -> dict:
+    """One program's numbers."""
+    compiled = compiled_for(target, config.width, batch_size, precision, native=native)
+    head = {"precision": precision, "batch": batch_size, "convolutions": "native" if native else "custom"}
+    if target == "v5e":
+        accessed = compiled.cost_analysis()["bytes accessed"]
+        numbers = {"million cycles": expected_cycles(compiled.as_text()) / 1e6, "GB": accessed / 1e9}
+    else:
+        numbers = summary(operations(compiled.as_text()), gpu.step_flops(config.width, batch_size), precision)
+    return {**head, **numbers, "MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Compiles every program and writes the table."""
+    """Compiles every program and writes the tables."""
     argv = sys.argv[1:] if argv is None else argv
     config = tyro.cli(Config, args=argv, prog="python -m benchmarks.program", description=__doc__)
-    if not any(importlib.util.find_spec(plugin) for plugin in ("jax_cuda12_plugin", "jax_cuda13_plugin")):
-        sys.exit("There is no CUDA compiler for jax here: pip install 'jax[cuda12]'. It needs no GPU.")
-    rows = []
-    for precision, batch_size, native in itertools.product(config.precisions, config.batch_sizes, (True, False)):
-        compiled = compiled_for(H200, config.width, batch_size, precision, native=native)
-        found = operations(compiled.as_text())
-        row = {"precision": precision, "batch": batch_size, "convolutions": "native" if native else "custom"}
-        row |= summary(found, gpu.step_flops(config.width, batch_size), precision)
-        row["MiB"] = compiled.memory_analysis().temp_size_in_bytes / 2**20
-        rows.append(row)
-        print(row, flush=True)
+    for target in config.targets:
+        if not any(importlib.util.find_spec(plugin) for plugin in PLUGINS[target]):
+            extra = {"h200": "cuda12", "v5e": "tpu"}[target]
+            sys.exit(
+                f"There is no compiler for {target} here: pip install 'jax[{extra}]', which needs no such device, or "
+                "leave it out with --targets."
+            )
+    # libtpu would ask the machine's host what it is.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    tables = []
+    for target in config.targets:
+        rows = []
+        precisions = config.precisions if target == "h200" else ("bfloat16",)
+        for precision, batch_size, native in itertools.product(precisions, config.batch_sizes, (True, False)):
+            rows.append(row(config, target, batch_size, precision, native=native))
+            print(target, rows[-1], flush=True)
+        tables.append(Table(f"{'H200' if target == 'h200' else 'TPU v5e'}, width {config.width}", rows))
     command = shlex.join(["python", "-m", "benchmarks.program", *argv])
-    table = Table(f"Width {config.width}", rows)
-    _report.write(config.out, "program", TITLE, NOTES, [table], _report.Machine.now(), command, timed=False)
+    _report.write(config.out, "program", TITLE, NOTES, tables, _report.Machine.now(), command, timed=False)
 
 
 if __name__ == "__main__":

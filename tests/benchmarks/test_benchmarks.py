@@ -243,7 +243,8 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
     assert summary["least ms"] == pytest.approx(1e3 * summary["GB"] * 1e9 / program.BYTES_PER_SECOND)
 
 
-def test_a_compiler_for_gpus_is_asked_for(monkeypatch):
+@pytest.mark.parametrize(("target", "extra"), [("h200", "cuda12"), ("v5e", "tpu")])
+def test_a_compiler_that_is_not_there_is_asked_for(monkeypatch, target, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install 'jax\[cuda12\]'"):
-        program.main([])
+    with pytest.raises(SystemExit, match=rf"no compiler for {target} here: pip install 'jax\[{extra}\]'"):
+        program.main(["--targets", target])

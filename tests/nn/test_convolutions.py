@@ -123,10 +123,16 @@ def test_a_gpu_gets_gradient_routines():
     lines = lowered_for("cuda", (conv_transpose, 4, 6, 40, 5, 2))
     assert not any("dilate = [2, 2]" in line for line in lines)
     assert sum("convolution" in line for line in lines) == 5
-    # A TPU dilates and pads by itself.
+
+
+def test_a_tpu_dilates_and_pads_by_itself():
     lines = lowered_for("tpu", (conv_transpose, 8, 6, 40, 5, 2))
     assert len(lines) == 3
+    assert sum("lhs_dilate = [2, 2]" in line for line in lines) == 1
     assert not any("optimization_barrier" in line for line in lines)
+    lines = lowered_for("tpu", (conv_transpose, 4, 6, 40, 5, 2))
+    assert not any("lhs_dilate = [2, 2]" in line for line in lines)
+    assert len(lines) == 6
 
 
 # Channels change the rounding only: narrow networks here, SPREAD_JAX_WIDTHS=16,32,64,128 for the published ones.

@@ -30,7 +30,8 @@ Two more forms of the same sums, each where it was measured to be faster on two 
     as it lies, and shifts images instead: 54 -> 13 ms for the input gradient from 1,024 channels to 512 at batch 8.
 
 On a GPU or TPU the three maps are single operations of the platform, if they are written as what its compiler
-recognises. For cuDNN, as XLA of jax 0.10 compiles for an H200 (`python -m benchmarks.program`):
+recognises. On a TPU `up` is the convolution over a dilated image, which costs nothing there, and its phases only with
+fewer pixels than taps. For cuDNN, as XLA of jax 0.10 and 0.11 compiles for an H200 (`python -m benchmarks.program`):
 
   - `up` is the gradient routine of `down` where a reversed kernel meets a dilated image. XLA cancels the reversal of a
     kernel that was just reversed and then convolves all the zeros, four times the work, unless a barrier lies between;
@@ -375,9 +376,9 @@ def _up(x, kernel, stride, offset, size):
         flipped = lax.optimization_barrier(jnp.flip(kernel, (0, 1)))
         return dilated(x, jnp.flip(flipped, (0, 1)))
 
-    gpu = adjoint if math.prod(kernel.shape[:2]) <= math.prod(x.shape[1:3]) else phases
     cpu = blocks if kernel.shape[3] <= _PHASE_CHANNELS else phases
-    return lax.platform_dependent(x, kernel, cpu=cpu, cuda=gpu, rocm=gpu, default=dilated)
+    gpu, others = (adjoint, dilated) if math.prod(kernel.shape[:2]) <= math.prod(x.shape[1:3]) else (phases, phases)
+    return lax.platform_dependent(x, kernel, cpu=cpu, cuda=gpu, rocm=gpu, default=others)
 
 
 def _up_by_phases(x, kernel, stride, offset, size):
