@@ -272,7 +272,7 @@ def _down(x, kernel, stride, offset, size):
 
 
 def _convolve(x, kernel, padding, **settings):
-    """A convolution of x, which on a GPU two of them share as it is once padded."""
+    """A convolution of x; on a GPU x is padded before it, once for all convolutions of the same padded x."""
 
     def padded(x, kernel):
         whole = lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *((*edges, 0) for edges in padding), (0, 0, 0)))
