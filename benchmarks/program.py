@@ -57,6 +57,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 device_description_str: "NVIDIA H200"
 """
+PLUGINS = {"h200": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "v5e": ("libtpu",)}
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8}
 _ARRAY = re.compile(rf"\b({'|'.join(_BYTES)})\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(.*)")
@@ -78,9 +79,6 @@ class Config:
     """Which devices."""
     out: Path = Path("docs/benchmarks")
     """Folder for program.json and program.md."""
-
-
-PLUGINS = {"h200": ("jax_cuda12_plugin", "jax_cuda13_plugin"), "v5e": ("libtpu",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,7 @@ def operations(text: str) -> list[Operation]:
         target = re.search(r'custom_call_target="([^"]+)"', settings)
         target = target.group(1) if target else ""
         if target.startswith("__cudnn$conv"):
-            routine = _ROUTINES.get(target.removeprefix("__cudnn$"), "forward")
+            routine = _ROUTINES.get(target.removeprefix("__cudnn$"), "forward")  # or forward with a bias
             flops = _convolution_flops(routine, shape, [shapes[argument] for argument in arguments[:2]], settings)
             found.append(Operation(routine, flops, size))
         elif target.startswith("__cublas"):
@@ -235,7 +233,10 @@ def main(argv: list[str] | None = None) -> None:
                 f"There is no compiler for {target} here: pip install 'jax[{extra}]', which needs no such device, or "
                 "leave it out with --targets."
             )
-    # libtpu would ask the machine's host what it is.
+    import jax
+
+    # Else JAX would look for the devices whose plugins are installed, and libtpu ask the machine's host what it is.
+    jax.config.update("jax_platforms", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     tables = []
     for target in config.targets:

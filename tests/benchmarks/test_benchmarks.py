@@ -86,7 +86,7 @@ def test_sides_take_turns():
     assert [len(found) for found in seconds.values()] == [3, 3]
 
 
-@pytest.mark.parametrize("module", [devices, gpu, profile], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [devices, gpu, profile, program], ids=lambda module: module.__name__)
 def test_examples_in_docstrings(module):
     results = doctest.testmod(module)
     assert results.attempted
