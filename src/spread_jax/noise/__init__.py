@@ -4,6 +4,15 @@ from spread_jax.noise._protocol import SpreadNoise
 from spread_jax.noise.discrete import DiscreteNoise
 from spread_jax.noise.gaussian import GaussianNoise
 from spread_jax.noise.laplace import LaplaceNoise
+from spread_jax.noise.learned import (
+    FixedGaussian,
+    FixedLaplace,
+    LearnedCovariance,
+    LearnedLocation,
+    NoiseCollapseError,
+    NoiseModel,
+    check_noise_range,
+)
 from spread_jax.noise.logistic import LogisticNoise
 from spread_jax.noise.low_rank import LowRankGaussianNoise
 from spread_jax.noise.student_t import CauchyNoise, StudentTNoise
@@ -14,15 +23,22 @@ from spread_jax.noise.validity import SpreadCondition, SpreadValidity, check_val
 __all__ = [
     "CauchyNoise",
     "DiscreteNoise",
+    "FixedGaussian",
+    "FixedLaplace",
     "GaussianNoise",
     "LaplaceNoise",
+    "LearnedCovariance",
+    "LearnedLocation",
     "LogisticNoise",
     "LowRankGaussianNoise",
+    "NoiseCollapseError",
+    "NoiseModel",
     "SpreadCondition",
     "SpreadNoise",
     "SpreadValidity",
     "StudentTNoise",
     "TransformedNoise",
     "UniformNoise",
+    "check_noise_range",
     "check_valid_spread",
 ]
