@@ -78,7 +78,7 @@ class SpreadVae(nn.Module):
 
 
 def from_flax(params, latent_dim: int, width: int) -> SpreadVae:
-    """The model with the parameters of `Encoder64` and `Generator64` (4x4 start) at new batch statistics.
+    """The model with the parameters of `Encoder` and `Generator` for 64x64 images (4x4 start) at new batch statistics.
 
     Args:
       params: {"encoder": ..., "generator": ...} as Flax initialises them, or gradients of the same shapes.

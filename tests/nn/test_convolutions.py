@@ -13,10 +13,10 @@ from jax.test_util import check_grads
 from spread_jax.nn import (
     Conv,
     ConvTranspose,
-    Encoder28,
-    Encoder64,
-    Generator28,
-    Generator64,
+    DenseEncoder,
+    DenseGenerator,
+    Encoder,
+    Generator,
     conv,
     conv_transpose,
     convolutions,
@@ -164,11 +164,11 @@ def published_layers(width, monkeypatch):
     monkeypatch.setattr(convolutions, "conv", note(conv))
     monkeypatch.setattr(convolutions, "conv_transpose", note(conv_transpose))
     networks = [
-        (Encoder64(4, width=width), (1, 64, 64, 3)),
-        (Generator64(width=width), (1, 4)),
-        (Generator64(width=width, start=8), (1, 4)),
-        (Encoder28(4, width=width), (1, 28, 28, 1)),
-        (Generator28(width=width), (1, 4)),
+        (Encoder(4, width=width), (1, 64, 64, 3)),
+        (Generator(width=width), (1, 4)),
+        (Generator(width=width, start=8), (1, 4)),
+        (DenseEncoder(4, width=width), (1, 28, 28, 1)),
+        (DenseGenerator(width=width), (1, 4)),
     ]
     for network, shape in networks:
         jax.eval_shape(lambda x, n=network: n.init(jax.random.key(0), x, train=False), jnp.zeros(shape))
