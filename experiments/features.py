@@ -22,8 +22,9 @@ import jax
 import numpy as np
 
 from experiments import _launch
-from spread_jax.data import Dataset, default_cache_dir, open_dataset
+from spread_jax.data import Dataset, open_dataset
 from spread_jax.evaluation import FeatureNetwork, Moments, frechet_distance, train_features
+from spread_jax.runtime import default_cache_dir
 
 
 @dataclasses.dataclass(frozen=True)

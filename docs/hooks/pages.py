@@ -28,11 +28,15 @@ def namespaces() -> Iterator[tuple[str, list[str]]]:
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     for folder in (*(name for name in ORDER if name in folders), *sorted(folders - set(ORDER))):
         names = public_names(PACKAGE / folder / "__init__.py")
-        yield f"spread_jax.{folder}", names
+        if names:
+            yield f"spread_jax.{folder}", names
         for module in sorted((PACKAGE / folder).glob("[!_]*.py")):
             own = public_names(module)
             if own and (module.stem in set(names) - set(own) or not set(own) & set(names)):
                 yield f"spread_jax.{folder}.{module.stem}", own
+    for module in sorted(PACKAGE.glob("[!_]*.py")):
+        if names := public_names(module):
+            yield f"spread_jax.{module.stem}", names
 
 
 def homes() -> dict[str, str]:

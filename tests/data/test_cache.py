@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -210,25 +209,3 @@ def test_a_valid_cache_needs_no_write_permission(photos, own_cache):
     open_train(photos)
     assert own_cache.stat().st_mtime_ns == stamp
     assert not list(own_cache.glob("*.lock"))
-
-
-def test_the_default_folder(monkeypatch, tmp_path):
-    from spread_jax.data.cache import default_cache_dir
-
-    assert default_cache_dir() == Path(os.environ["SPREAD_JAX_CACHE"])
-    monkeypatch.delenv("SPREAD_JAX_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "spread_jax"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert default_cache_dir() == tmp_path / "home/.cache/spread_jax"
-
-
-def test_plain_lines_are_few(capsys):
-    from spread_jax.data.progress import default_progress
-
-    with default_progress("photos") as report:
-        for done in range(1000):
-            report(None, done, 1000)
-        report("source has changed", 0, 1000)
-    assert capsys.readouterr().err == "photos: source has changed\n"

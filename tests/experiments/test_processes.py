@@ -17,60 +17,6 @@ import pytest
 from experiments import _launch, _train, mnist
 
 ROOT = Path(__file__).parents[2]
-ADDRESS = {"JAX_COORDINATOR_ADDRESS": "node1:12345"}
-SETTINGS = {"coordinator_address": "node1:12345", "num_processes": 4, "process_id": 3}
-
-
-@pytest.mark.parametrize(
-    ("environment", "index", "count", "settings"),
-    [
-        ({**ADDRESS, "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}, 3, 4, SETTINGS),
-        ({**ADDRESS, "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "3"}, 3, 4, SETTINGS),
-        ({"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}, 3, 4, {}),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_MCA_orte_hnp_uri": "1.0;tcp"}, 3, 4, {}),
-        (
-            {**ADDRESS, "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_RANK": "1"},
-            3,
-            4,
-            {**SETTINGS, "local_device_ids": 1},
-        ),
-        ({**ADDRESS, "PMI_SIZE": "4", "PMI_RANK": "3"}, 3, 4, SETTINGS),
-        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, 1, None, {}),
-        ({"SPREAD_JAX_DISTRIBUTED": "1"}, None, None, {}),
-    ],
-)
-def test_launchers(environment, index, count, settings):
-    assert _launch.process_of_environment(environment) == (index, count, settings)
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {},
-        {"JAX_NUM_PROCESSES": "1", "JAX_PROCESS_ID": "0"},
-        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0"},  # in a batch script, outside of srun
-        {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
-        {"TPU_WORKER_HOSTNAMES": "localhost"},
-    ],
-)
-def test_one_process_is_left_alone(environment):
-    assert _launch.process_of_environment(environment) is None
-
-
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"JAX_NUM_PROCESSES": "2"}, "There are 2 processes: set JAX_PROCESS_ID"),
-        (
-            {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
-            "set JAX_COORDINATOR_ADDRESS to the host name of process 0",
-        ),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "set JAX_COORDINATOR_ADDRESS"),
-    ],
-)
-def test_what_is_missing_is_said(environment, message):
-    with pytest.raises(_launch.UsageError, match=message):
-        _launch.process_of_environment(environment)
 
 
 @pytest.mark.parametrize(
@@ -84,18 +30,6 @@ def test_what_is_missing_is_said(environment, message):
 def test_devices_that_are_not_there_are_refused(flags, message):
     with pytest.raises(_launch.UsageError, match=message):
         _train.mesh_of(mnist.Config(**flags))
-
-
-def test_an_experiment_for_one_process_runs_in_the_first_only(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
-    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
-    for index in (0, 1):
-        monkeypatch.setenv("JAX_PROCESS_ID", str(index))
-        called = []
-        with pytest.raises(SystemExit) as ended:
-            _launch.run(lambda called=called: called.append(True))
-        assert ended.value.code == 0
-        assert called == [True] * (index == 0)
 
 
 # --- two processes, by the lines of the guide

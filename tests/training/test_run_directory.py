@@ -139,9 +139,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
 
 def test_a_crash_while_the_folder_was_made_leaves_a_new_folder(tmp_path):
     (tmp_path / ".lock").write_text("process 1 on elsewhere\n")
-    (tmp_path / "config.json.tmp").write_text('{"se')
+    (tmp_path / ".spread_jax-0123456789abcdef.part").write_text('{"se')
     with open_run(tmp_path) as run:
         assert run.read_metrics() == []
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json"]
 
 
 def test_a_file_in_the_way(tmp_path):

@@ -1,6 +1,5 @@
 """Images from many sources as memory-mapped uint8 arrays, and batches by (seed, step)."""
 
-from spread_jax.data.cache import default_cache_dir
 from spread_jax.data.celeb_a_builder import prepare_celeb_a
 from spread_jax.data.dataset import Dataset, open_dataset
 from spread_jax.data.errors import DatasetError
@@ -13,7 +12,6 @@ __all__ = [
     "DatasetError",
     "FaceFactors",
     "Loader",
-    "default_cache_dir",
     "open_dataset",
     "prepare_celeb_a",
     "read_idx",

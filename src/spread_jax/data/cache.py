@@ -9,16 +9,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from spread_jax._files import flush_folder, replacing, write_atomically
 from spread_jax.data.errors import DatasetError
-from spread_jax.data.progress import Progress
 from spread_jax.data.source import Source, digest
 from spread_jax.data.stall import watched
+from spread_jax.errors import UsageError
+from spread_jax.runtime import default_cache_dir
 
 try:
     import fcntl
@@ -28,18 +30,7 @@ except ImportError:  # Not a POSIX system: one process at a time must build.
 FORMAT_VERSION = 2
 BLOCK_BYTES = 16 * 1024 * 1024
 
-
-def default_cache_dir() -> Path:
-    """$SPREAD_JAX_CACHE, else $XDG_CACHE_HOME/spread_jax, else ~/.cache/spread_jax.
-
-    Example:
-        >>> default_cache_dir().is_absolute()
-        True
-    """
-    if own := os.environ.get("SPREAD_JAX_CACHE"):
-        return Path(own).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser() / "spread_jax"
+Report = Callable[[str | None, int, int], None]
 
 
 class Cached(NamedTuple):
@@ -62,7 +53,7 @@ def cached_arrays(
     *,
     cache_dir: str | os.PathLike | None,
     max_examples: int | None,
-    progress: Progress,
+    progress: Report,
 ) -> Cached:
     """The images and labels of a source, decoded into the cache on the first call.
 
@@ -83,7 +74,7 @@ def cached_arrays(
     Raises:
         DatasetError: the cache's folder cannot be written, or the disk is full.
     """
-    root = Path(cache_dir).expanduser() if cache_dir is not None else default_cache_dir()
+    root = _root(cache_dir)
     count = min(source.num_examples, max_examples or source.num_examples)
     full = _Entry(root, source, split, source.num_examples)
     entry = _Entry(root, source, split, count)
@@ -113,6 +104,13 @@ def cached_arrays(
             f"The cache {entry.path} was written and cannot be read back: check the disk, or pass another cache_dir."
         )
     return found
+
+
+def _root(cache_dir: str | os.PathLike | None) -> Path:
+    try:
+        return default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    except (RuntimeError, UsageError) as error:
+        raise DatasetError(str(error)) from error
 
 
 def _head(found: Cached, count: int) -> Cached:
@@ -171,7 +169,7 @@ class _Entry:
             return None
         return Cached(images, labels, pixels)
 
-    def build(self, progress: Progress) -> None:
+    def build(self, progress: Report) -> None:
         """Decode block by block into a temporary sibling and rename it."""
         temporary = self.path.parent / f"{self._stem}.building"
         shutil.rmtree(temporary, ignore_errors=True)
@@ -179,7 +177,7 @@ class _Entry:
         try:
             labels, pixels = self._write_images(temporary / "images.npy", progress)
             if labels is not None:
-                with _synced(temporary / "labels.npy") as file:
+                with replacing(temporary / "labels.npy") as file:
                     np.lib.format.write_array(file, labels, allow_pickle=False)
             meta = {
                 "format": FORMAT_VERSION,
@@ -193,24 +191,22 @@ class _Entry:
                 "pixels": pixels,
                 "files": {path.name: path.stat().st_size for path in sorted(temporary.iterdir())},
             }
-            with _synced(temporary / "meta.json") as file:
-                file.write(json.dumps(meta, indent=1).encode())
-            _sync_folder(temporary)
+            write_atomically(temporary / "meta.json", json.dumps(meta, indent=1))
             if self.path.exists():
                 shutil.rmtree(self.path)
             os.rename(temporary, self.path)
-            _sync_folder(self.path.parent)
+            flush_folder(self.path.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
 
-    def _write_images(self, path: Path, progress: Progress) -> tuple[np.ndarray | None, str]:
+    def _write_images(self, path: Path, progress: Report) -> tuple[np.ndarray | None, str]:
         count = self._shape[0]
         step = max(1, min(256, BLOCK_BYTES // int(np.prod(self._shape[1:]))))
         labels, pixels = [], hashlib.sha256()
         header = {"descr": "|u1", "fortran_order": False, "shape": self._shape}
         progress(None, 0, count)
-        with _synced(path) as file:
+        with replacing(path) as file:
             np.lib.format.write_array_header_1_0(file, header)
             for start in range(0, count, step):
                 stop = min(start + step, count)
@@ -230,25 +226,7 @@ class _Entry:
 
 
 @contextlib.contextmanager
-def _synced(path: Path) -> Iterator[IO[bytes]]:
-    with open(path, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename durable; file systems that cannot are left to their own promise."""
-    with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, progress: Progress) -> Iterator[None]:
+def _locked(path: Path, progress: Report) -> Iterator[None]:
     with open(path, "ab") as file:
         if fcntl is not None:
             try:

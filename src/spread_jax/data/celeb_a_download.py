@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import http.client
-import os
 import urllib.parse
 import urllib.request
 from pathlib import Path
 
+from spread_jax._files import replacing
 from spread_jax._network import why_unreachable
 from spread_jax.data import tfds_directory
 from spread_jax.data.celeb_a import ARCHIVE, PARTITION
@@ -64,32 +63,20 @@ def _preflight(folder: Path) -> None:
 
 def _fetch(drive_id: str, md5: str, target: Path) -> None:
     query = urllib.parse.urlencode({"id": drive_id, "export": "download", "confirm": "t"})
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     digest = hashlib.md5(usedforsecurity=False)
-    try:
-        url = f"https://{_HOST}/download?{query}"
-        with (
-            urllib.request.urlopen(url, timeout=_READ_SECONDS) as reply,
-            open(partial, "wb") as file,
-        ):
-            while chunk := reply.read(1 << 20):
-                reading(target)
-                if file.tell() == 0:
-                    _refuse_page(chunk, target)
-                digest.update(chunk)
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+    url = f"https://{_HOST}/download?{query}"
+    with urllib.request.urlopen(url, timeout=_READ_SECONDS) as reply, replacing(target) as file:
+        while chunk := reply.read(1 << 20):
+            reading(target)
+            if file.tell() == 0:
+                _refuse_page(chunk, target)
+            digest.update(chunk)
+            file.write(chunk)
         if digest.hexdigest() != md5:
             raise DatasetError(
-                f"What Google Drive sent as {target.name} ({partial.stat().st_size:,} bytes, MD5 "
-                f"{digest.hexdigest()}) is not the official file (MD5 {md5}): the transfer broke "
-                f"off or the file has changed. {_by_hand(target.parent)}"
+                f"What Google Drive sent as {target.name} ({file.tell():,} bytes, MD5 {digest.hexdigest()}) is not the "
+                f"official file (MD5 {md5}): the transfer broke off or the file has changed. {_by_hand(target.parent)}"
             )
-        os.replace(partial, target)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
 
 
 def _refuse_page(first: bytes, target: Path) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-from spread_jax.data.cache import cached_arrays
+from spread_jax._progress import Progress
+from spread_jax.data.cache import Report, cached_arrays
 from spread_jax.data.errors import DatasetError
 from spread_jax.data.files import SPLITS, assign_splits, files_source, listed
 from spread_jax.data.images import Transform
-from spread_jax.data.progress import Progress, default_progress
 from spread_jax.data.source import Source
 from spread_jax.data.stall import watched
 
@@ -87,7 +87,7 @@ def open_dataset(
     channels: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     max_examples: int | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Dataset:
     """Open a split of a data set as uint8 images, decoding it into the cache on the first call.
 
@@ -141,7 +141,7 @@ def open_dataset(
             raise DatasetError(
                 f"The {split} split of {source.description} is empty: choose another split, or a larger set."
             )
-        reporting = default_progress(f"{source.name} {split}") if progress is None else contextlib.nullcontext(progress)
+        reporting = Progress(f"{source.name} {split}") if progress is None else contextlib.nullcontext(progress)
         with reporting as report:
             images, labels, pixels = cached_arrays(
                 source, split, cache_dir=cache_dir, max_examples=max_examples, progress=report

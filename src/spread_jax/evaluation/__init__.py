@@ -24,7 +24,7 @@ from spread_jax.evaluation.features import (
     inception_features,
     train_features,
 )
-from spread_jax.evaluation.plots import image_grid, save_curves, save_image
+from spread_jax.evaluation.plots import image_grid, save_csv, save_curves, save_figure, save_image
 from spread_jax.evaluation.report import write_report
 
 __all__ = [
@@ -45,7 +45,9 @@ __all__ = [
     "nearest_neighbours",
     "precision_recall_density_coverage",
     "relative_sharpness",
+    "save_csv",
     "save_curves",
+    "save_figure",
     "save_image",
     "sharpness",
     "train_features",

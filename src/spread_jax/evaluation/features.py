@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spread_jax._checks import check_count
+from spread_jax._files import replacing
 from spread_jax._network import why_unreachable
 
 __all__ = ["FeatureNetwork", "FeaturesError", "InceptionFeatures", "inception_features", "train_features"]
@@ -99,14 +100,9 @@ class FeatureNetwork:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes arrays, config and fingerprint as .npz, without pickle, atomically."""
-        path = Path(path)
-        part = path.with_name(f".{path.name}.part")
-        with open(part, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, **{f"param:{k}": v for k, v in self.params.items()},
                      config=np.array(json.dumps(self.config)), fingerprint=np.array(self.fingerprint))  # fmt: skip
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> FeatureNetwork:

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from spread_jax._files import write_atomically
+
 __all__ = ["write_report"]
 
 _MOST_SAMPLE_GRIDS = 12
@@ -108,9 +110,7 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
         sections = {"State": "<p>The run is not finished: there are no results yet.</p>"} | sections
 
     path = folder / "report.html"
-    part = folder / ".report.html.part"
-    part.write_text(_page(title, sections), encoding="utf-8")
-    part.replace(path)
+    write_atomically(path, _page(title, sections))
     return path
 
 

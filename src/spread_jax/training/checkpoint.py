@@ -32,7 +32,6 @@ import os
 import re
 import shutil
 import stat
-import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -43,7 +42,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spread_jax.training._files import flush_folder, reason, write_atomically
+from spread_jax._files import flush_folder, reason, write_atomically
+from spread_jax._progress import tell
 from spread_jax.training._processes import agree
 
 PyTree = Any
@@ -389,10 +389,6 @@ class _HideOrbax(logging.Filter):
         return f"{os.sep}orbax{os.sep}" not in record.pathname
 
 
-def _print_to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _free_bytes(folder: Path) -> int | None:
     try:
         usage = shutil.disk_usage(folder)
@@ -465,7 +461,7 @@ class Checkpointer:
         self._best_mode = best_mode
         self._asynchronous = asynchronous
         self._run = run
-        self._log = log or _print_to_stderr
+        self._log = log or tell
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
         self._closed = False

@@ -27,7 +27,6 @@ import math
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -36,12 +35,11 @@ from typing import Any, BinaryIO
 
 import jax
 
-from spread_jax.training._files import reason, write_atomically
+from spread_jax._files import LEFTOVER, reason, remove_leftovers, write_atomically
+from spread_jax._progress import tell
 from spread_jax.training._processes import agree, several
 
 _NOT_FINITE = ("nan", "inf", "-inf")
-# What a crash while the folder was being made leaves behind: still a new folder.
-_BEFORE_CONFIG = {".lock", "config.json.tmp"}
 _EVENTS_FLUSH_SECONDS = 2.0
 
 
@@ -134,7 +132,7 @@ class RunDirectory:
           ...     run.finished
           False
         """
-        folder, log = Path(path).expanduser().absolute(), log or _print_to_stderr
+        folder, log = Path(path).expanduser().absolute(), log or tell
         opened = functools.partial(cls._open, folder, config, resumable_keys, log, tensorboard, on_log)
         return cls._open_in_each_process(opened, path, config, resumable_keys) if several() else opened()
 
@@ -152,13 +150,16 @@ class RunDirectory:
             ) from None
         except OSError as error:
             raise _cannot_write(folder, error) from error
-        if "config.json" not in entries and entries - _BEFORE_CONFIG:
+        # What a crash while the folder was being made leaves behind is still a new folder.
+        foreign = sorted(name for name in entries if name != ".lock" and not LEFTOVER.fullmatch(name))
+        if "config.json" not in entries and foreign:
             raise RunDirectoryError(
-                f"{folder} is not a run's folder: it has no config.json and holds "
-                f"{_some(sorted(entries - _BEFORE_CONFIG))}. Give an empty or a new --workdir."
+                f"{folder} is not a run's folder: it has no config.json and holds {_some(foreign)}. "
+                "Give an empty or a new --workdir."
             )
         lock = _lock(folder)
         try:
+            remove_leftovers(folder)
             _write_config(folder, plain, resumable_keys)
             identity = _identity(plain, resumable_keys)
             return cls(
@@ -186,7 +187,7 @@ class RunDirectory:
             raise problem or RunDirectoryError(f"process 0 could not open {path}; it says why.")
         if run is None:
             temporary = tempfile.TemporaryDirectory(prefix="spread_jax-")
-            run = cls._open(Path(temporary.name), config, resumable_keys, _print_to_stderr, False)
+            run = cls._open(Path(temporary.name), config, resumable_keys, tell, False)
             run._temporary, run._shared = temporary, Path(path).expanduser().absolute()
             for name in ("metrics.jsonl", "results.json"):
                 with contextlib.suppress(FileNotFoundError):
@@ -228,7 +229,7 @@ class RunDirectory:
             ) from None
         except (OSError, ValueError) as error:
             raise RunDirectoryError(f"{folder / 'config.json'} cannot be read: {reason(error)}") from error
-        return cls(folder, saved, _lock(folder), log=log or _print_to_stderr, tensorboard=False)
+        return cls(folder, saved, _lock(folder), log=log or tell, tensorboard=False)
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -728,7 +729,3 @@ def _cannot_write(path: Path, error: OSError) -> RunDirectoryError:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _print_to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -1,0 +1,232 @@
+"""Files that a crash leaves as they were or complete, and that no link or pipe of a stranger's leads astray."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+# What a crash can leave beside a file that was being replaced.
+LEFTOVER = re.compile(r"\.spread_jax-[0-9a-f]{16}\.part")
+_SAFE = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+_MOST_BYTES = 2**30
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A new file that takes the place of another once the block has ended: no reader ever finds half of it.
+
+    It is written beside the other under a name that nobody can foresee, so a link that lies there is never followed;
+    one under the final name is replaced, and what it points to stays as it is.
+
+    Args:
+      path: the file; its folder exists.
+
+    Yields:
+      The file to write to, in binary.
+
+    Raises:
+      OSError: it could not be written, and the error has its name; what was there before is unchanged.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp(), "note.txt")
+      >>> with replacing(path) as file:
+      ...     _ = file.write(b"whole")
+      >>> path.read_text(), len(os.listdir(path.parent))
+      ('whole', 1)
+    """
+    path = Path(path)
+    part = path.with_name(f".spread_jax-{secrets.token_hex(8)}.part")
+    try:
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _SAFE, 0o666)
+        try:
+            with open(descriptor, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise
+    except OSError as error:
+        if error.filename in (None, os.fspath(part)):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
+    flush_folder(path.parent)
+
+
+def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
+    """Replaces a file in one piece, as `replacing` does.
+
+    Args:
+      path: the file; its folder exists.
+      content: what it will hold; text is written as UTF-8.
+
+    Raises:
+      OSError: the file could not be written; what was there before is unchanged.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp(), "note.txt")
+      >>> write_atomically(path, "whole")
+      >>> path.read_text()
+      'whole'
+    """
+    with replacing(path) as file:
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes from a folder what a crash in `replacing` left there; only under a lock of that folder.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> (folder / f".spread_jax-{'0' * 16}.part").touch()
+      >>> remove_leftovers(folder)
+      >>> os.listdir(folder)
+      []
+    """
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            if LEFTOVER.fullmatch(name):
+                os.unlink(folder / name)
+
+
+def read_regular(path: str | os.PathLike, most: int = _MOST_BYTES) -> bytes:
+    """The bytes of a file that may come from anywhere: links are not followed, pipes and devices not waited for.
+
+    Args:
+      path: the file.
+      most: bytes that it may hold.
+
+    Raises:
+      OSError: it cannot be read, is no regular file, or is larger.
+
+    Example:
+      >>> read_regular("/dev/zero")
+      Traceback (most recent call last):
+      OSError: [Errno 22] it is neither a file nor a folder: '/dev/zero'
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it holds more than {most:,} bytes", os.fspath(path))
+    return content
+
+
+def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Opens a file as `read_regular` does.
+
+    Args:
+      path: the file.
+      flags: of `os.open`; with `os.O_CREAT` a missing file is made.
+
+    Returns:
+      The unbuffered file where it is written to, a buffered one where it is read.
+
+    Raises:
+      OSError: as `read_regular`.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp(), "lines")
+      >>> with open_regular(path, os.O_RDWR | os.O_APPEND | os.O_CREAT) as file:
+      ...     _ = file.write(b"one\\n")
+      >>> read_regular(path)
+      b'one\\n'
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _refuse_odd(path, os.lstat(path))
+    descriptor = os.open(path, flags | _SAFE, 0o666)
+    try:
+        _refuse_odd(path, os.fstat(descriptor))
+        return open(descriptor, "rb") if flags == os.O_RDONLY else open(descriptor, "r+b", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _refuse_odd(path: str | os.PathLike, status: os.stat_result) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        raise OSError(errno.ELOOP, "it is a symbolic link", os.fspath(path))
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "it is neither a file nor a folder", os.fspath(path))
+
+
+def odd_entry(folder: str | os.PathLike) -> Path | None:
+    """The first thing in a folder, or below it, that is neither a folder nor a file: a link leads out of it, a pipe
+    is waited for.
+
+    Args:
+      folder: where to look; it may be nested to any depth.
+
+    Returns:
+      Its path, or None.
+
+    Raises:
+      OSError: a folder cannot be read.
+
+    Example:
+      >>> import tempfile
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> odd_entry(folder) is None
+      True
+      >>> (folder / "link").symlink_to("/etc")
+      >>> odd_entry(folder).name
+      'link'
+    """
+    waiting = [os.fspath(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                elif not entry.is_file(follow_symlinks=False):
+                    return Path(entry.path)
+    return None
+
+
+def flush_folder(path: Path) -> None:
+    """Makes the renames inside a folder survive a power cut, where the file system can.
+
+    Args:
+      path: the folder.
+
+    Example:
+      >>> flush_folder(Path("."))
+    """
+    with contextlib.suppress(OSError):  # some network file systems cannot flush a folder
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, as one line that ends in a full stop.
+
+    Args:
+      error: the exception.
+
+    Returns:
+      Its first line, without an error number or a path.
+
+    Example:
+      >>> reason(ValueError("no such unit\\nmore"))
+      'no such unit.'
+    """
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    text = text.splitlines()[0][:300]
+    return text if text.endswith(".") else text + "."
