@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from spread_jax._progress import Progress
-from spread_jax.cli._launch import Hook, load_hook, prefixed, print_result, run_program, talker
+from spread_jax.cli.launch import Hook, load_hook, prefixed, print_result, run_program, talker
 from spread_jax.errors import UsageError
 from spread_jax.evaluation import save_csv, save_figure
 from spread_jax.runtime import configure as configure_jax

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from spread_jax.errors import UsageError
 from spread_jax.models.method import Method, SettingError, adam
 from spread_jax.noise import FixedGaussian, NoiseModel, SpreadNoise, check_noise_range
 from spread_jax.training import LossOutput, Player, TrainState, noise_scale_schedule
@@ -21,7 +22,7 @@ from spread_jax.training import LossOutput, Player, TrainState, noise_scale_sche
 class SpreadMethod(Method):
     """A method with noise on images, whose scale is annealed over the model's steps."""
 
-    noise: NoiseModel = FixedGaussian()
+    noise: NoiseModel = FixedGaussian()  # noqa: RUF009 (frozen)
     """The noise; see `spread_jax.models.NOISES`."""
     noise_scale: float = 0.5
     """Standard deviation of the noise added to each pixel at the start, images being in [0, 1]."""
@@ -133,7 +134,7 @@ class SpreadMethod(Method):
             try:
                 self.noise.check(state.params["noise"], state.variables.get("noise"))
             except ValueError as error:
-                raise ValueError(f"After step {step}: {error}") from None
+                raise UsageError(f"After step {step}: {error}") from None
 
     def ascent(self, bound: Callable) -> Callable:
         """The learned noise's loss, minus what `bound(params, variables, noise, x, key, step)` gives as divergence.

@@ -154,7 +154,7 @@ class Method:
         """The noise under which likelihoods of images are bounded; None where there are none."""
         return None
 
-    def noise_scale(self, state: TrainState) -> jax.Array | None:
+    def noise_scale_of(self, state: TrainState) -> jax.Array | None:
         """Standard deviation of the noise added to each pixel; None where there is no noise."""
         return None
 

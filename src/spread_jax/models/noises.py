@@ -40,9 +40,7 @@ class InvertibleLocation(LearnedLocation):
 
     def transform(self) -> InvertibleResidual:
         """The block as a Flax module."""
-        return InvertibleResidual(
-            self.transform_features, coefficient=self.transform_coefficient, num_iterations=5
-        )
+        return InvertibleResidual(self.transform_features, coefficient=self.transform_coefficient, num_iterations=5)
 
     def check(self, params: Any, state: Any) -> None:
         """Refuses a map that may no longer be injective."""

@@ -54,7 +54,9 @@ class WaeMmd(Method):
 
     def players(self, num_steps: int) -> tuple[Player, ...]:
         """Encoder and generator together."""
-        return (Player("model", ("encoder", "generator"), self._loss, adam(self.schedule(self.learning_rate, num_steps))),)
+        return (
+            Player("model", ("encoder", "generator"), self._loss, adam(self.schedule(self.learning_rate, num_steps))),
+        )
 
     def _loss(self, params, variables, batch, *, key, step):
         x = to_unit(batch)
@@ -75,7 +77,11 @@ class WaeMmd(Method):
         )
         terms = wae_mmd_loss(x, lambda x: encode(x)[0], decode, key=key, weight=self.mmd_weight)
         every = lambda value: jnp.broadcast_to(value, (len(x),))
-        return {"loss": every(terms.loss), "mmd": every(terms.mmd), "reconstruction_mse": terms.reconstruction / self.pixels}
+        return {
+            "loss": every(terms.loss),
+            "mmd": every(terms.mmd),
+            "reconstruction_mse": terms.reconstruction / self.pixels,
+        }
 
     def encode(self, state, x, *, key):
         """e(x)."""

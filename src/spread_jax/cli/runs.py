@@ -1,7 +1,7 @@
 """Lists runs with their state and key numbers.
 
-python -m experiments.runs              all below runs/
-python -m experiments.runs FOLDER ...
+spread-jax runs                 all below runs/
+spread-jax runs FOLDER ...
 
 A table on a terminal (without colours where NO_COLOR is set), else one line for each run with tabs between columns.
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import tyro
 
-from experiments import _launch
+from spread_jax.cli.flags import parse_plain
+from spread_jax.errors import UsageError
 
 # What may head a run, the first three that it has.
 _NUMBERS = {
@@ -95,13 +96,11 @@ def _last_step(path: Path) -> int | None:
 
 def main(argv: list[str] | None = None) -> int:
     """Searches and prints."""
-    config = _launch.parse_plain(Config, __doc__, argv)
+    config = parse_plain(Config, argv, prog="spread-jax runs", description=__doc__)
     rows = []
     for root in config.folders:
         if not root.is_dir():
-            raise _launch.UsageError(
-                f"{root} is not a folder: name one that holds runs, or train one with `make demo`."
-            )
+            raise UsageError(f"{root} is not a folder: name one that holds runs, or train one with `make demo`.")
         rows += find(root)
     if sys.stdout.isatty():
         from rich.console import Console
@@ -117,7 +116,3 @@ def main(argv: list[str] | None = None) -> int:
         for row in (_COLUMNS, *rows):
             print("\t".join(row))
     return 0
-
-
-if __name__ == "__main__":
-    _launch.run(main)

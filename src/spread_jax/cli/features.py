@@ -1,10 +1,10 @@
-"""Trains the small network whose features the distances of `experiments.evaluate` are taken in.
+"""Trains the small network whose features the distances of `spread-jax evaluate` are taken in.
 
-  python -m experiments.features --data PATH      a few minutes on 2 cores
+  spread-jax features --data PATH      a few minutes on 2 cores
 
 The network learns, on the training images, to tell quarter turns apart, to recognise an image in two crops, and the
 labels where there are labels. It is written as features/<data>-<fingerprint>.npz in the cache's folder, where
-`experiments.evaluate` finds it (and trains it if it is not there). Distances compare only where the fingerprint of the
+`spread-jax evaluate` finds it (and trains it if it is not there). Distances compare only where the fingerprint of the
 features is the same; it is in every result.
 
 The last line reports, as a check, Fréchet distances of the validation images to training images: as they are
@@ -14,17 +14,19 @@ The last line reports, as a check, Fréchet distances of the validation images t
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from experiments import _launch
-from spread_jax.data import Dataset, open_dataset
-from spread_jax.evaluation import FeatureNetwork, Moments, frechet_distance, train_features
-from spread_jax.runtime import default_cache_dir
+from spread_jax.cli.flags import parse_plain
+from spread_jax.cli.launch import print_result, talker
+from spread_jax.data import open_dataset
+from spread_jax.errors import UsageError
+from spread_jax.evaluation import Moments, frechet_distance
+from spread_jax.models.scores import features_path, train_and_save_features
+from spread_jax.runtime import configure, versions
+
+__all__ = ["main"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Config:
     """What to train on, and how long."""
 
     data: str = "faces"
-    """`faces` (synthetic), `digits`, `celeb_a`, or a path, as for `experiments.celeba`."""
+    """`faces` (synthetic), `digits`, `celeb_a`, or a path, as for `spread-jax train`."""
     output: Path | None = None
     """The file to write; features/<data>-<fingerprint>.npz in the cache's folder if not given."""
     seed: int = 0
@@ -51,47 +53,6 @@ class Config:
     """Folder of decoded images and features; ~/.cache/spread_jax if not given."""
     quiet: bool = False
     """Print only the RESULT line and errors."""
-
-
-def default_path(dataset: Dataset, cache_dir: str | None) -> Path:
-    """Where the features of a data set are kept."""
-    folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
-    return folder / "features" / f"{dataset.name}-{dataset.fingerprint}.npz"
-
-
-def train_and_save(
-    dataset: Dataset,
-    path: Path,
-    *,
-    say: Callable[..., None],
-    seed: int = 0,
-    steps: int = Config.steps,
-    batch_size: int = Config.batch_size,
-    width: int = Config.width,
-) -> FeatureNetwork:
-    """Trains on a split's images, and labels if it has them, and writes the file."""
-    labels = dataset.labels if dataset.labels is not None and dataset.labels.ndim == 1 else None
-    began = time.monotonic()
-
-    def on_step(step: int, metrics: dict[str, float]) -> None:
-        told = ", ".join(f"{n.removesuffix('_accuracy')} {v:.2f}" for n, v in metrics.items() if "accuracy" in n)
-        say(f"features: step {step}/{steps}: accuracy {told}, {time.monotonic() - began:.0f} s")
-
-    network = train_features(
-        dataset.images,
-        labels,
-        key=jax.random.key(seed),
-        num_steps=steps,
-        batch_size=batch_size,
-        width=width,
-        data=dataset.name,
-        data_fingerprint=dataset.fingerprint,
-        on_step=on_step,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    network.save(path)
-    say(f"features: {network.fingerprint} in {path}")
-    return network
 
 
 def damage(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
@@ -113,11 +74,12 @@ def damage(images: np.ndarray, seed: int) -> dict[str, np.ndarray]:
 
 def main(argv: list[str] | None = None) -> int:
     """Trains, writes, checks."""
-    config = _launch.parse_plain(Config, __doc__, argv)
-    _launch.require_at_least(config, 0, "seed")
-    _launch.require_at_least(config, 1, "steps", "batch_size", "width")
-    _launch.configure_jax()
-    say = _launch.talker(quiet=config.quiet)
+    config = parse_plain(Config, argv, prog="spread-jax features", description=__doc__)
+    for name, lowest in (("seed", 0), ("steps", 1), ("batch_size", 1), ("width", 1)):
+        if getattr(config, name) < lowest:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {lowest}, got {getattr(config, name)}.")
+    configure()
+    say = talker(quiet=config.quiet)
     train, validation = (
         open_dataset(
             config.data,
@@ -125,24 +87,24 @@ def main(argv: list[str] | None = None) -> int:
             crop=config.crop,
             max_examples=config.max_examples,
             cache_dir=config.cache_dir,
-            **({"progress": _launch.silent} if config.quiet else {}),
+            **({"progress": lambda *_: None} if config.quiet else {}),
         )
         for split in ("train", "validation")
     )
     if len(validation) < 2 or len(train) < 16:
-        raise _launch.UsageError(
+        raise UsageError(
             f"{config.data} has {len(train)} training and {len(validation)} validation images: "
             "at least 16 and 2 are needed."
         )
-    path = config.output or default_path(train, config.cache_dir)
-    network = train_and_save(
+    path = config.output or features_path(train, config.cache_dir)
+    network = train_and_save_features(
         train, path, say=say, seed=config.seed, steps=config.steps, batch_size=config.batch_size, width=config.width
     )
     count = min(len(train), len(validation), 2000)
     reference = Moments.of(network(validation.images[:count]))
     damaged = damage(np.asarray(train.images[:count]), config.seed)
     check = {name: frechet_distance(Moments.of(network(images)), reference) for name, images in damaged.items()}
-    _launch.print_result({
+    print_result({
         "experiment": "features",
         "data": train.source,
         "features": str(path),
@@ -150,10 +112,6 @@ def main(argv: list[str] | None = None) -> int:
         "dimension": network.dimension,
         **{k: v for k, v in network.config.items() if k in ("train_images", "num_labels", "num_steps", "last_steps")},
         "frechet_distance_to_validation": check,
-        "versions": _launch.versions(),
+        "versions": versions(),
     })  # fmt: skip
     return 0
-
-
-if __name__ == "__main__":
-    _launch.run(main)

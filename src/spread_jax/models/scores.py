@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import jax
 import numpy as np
 
-from experiments import _launch
-from experiments import features as feature_training
 from spread_jax.data import Dataset
+from spread_jax.errors import UsageError
 from spread_jax.evaluation import (
     FeatureNetwork,
     Moments,
@@ -21,7 +22,25 @@ from spread_jax.evaluation import (
     kernel_distance,
     precision_recall_density_coverage,
     relative_sharpness,
+    train_features,
 )
+from spread_jax.runtime import default_cache_dir
+
+__all__ = [
+    "FEWEST",
+    "Features",
+    "distances",
+    "features_of",
+    "features_path",
+    "find_features",
+    "mean_and_error",
+    "random_rows",
+    "require_enough",
+    "sample_scores",
+    "sharpness",
+    "to_bytes",
+    "train_and_save_features",
+]
 
 FEWEST = 16
 _FEWEST_FOR_INFINITY = 64
@@ -38,6 +57,47 @@ class Features(Protocol):
         """Features [n, d] of images."""
 
 
+def features_path(dataset: Dataset, cache_dir: str | None) -> Path:
+    """Where the features of a data set are kept."""
+    folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
+    return folder / "features" / f"{dataset.name}-{dataset.fingerprint}.npz"
+
+
+def train_and_save_features(
+    dataset: Dataset,
+    path: Path,
+    *,
+    say: Callable[..., None],
+    seed: int = 0,
+    steps: int = 600,
+    batch_size: int = 64,
+    width: int = 16,
+) -> FeatureNetwork:
+    """Trains on a split's images, and labels if it has them, and writes the file."""
+    labels = dataset.labels if dataset.labels is not None and dataset.labels.ndim == 1 else None
+    began = time.monotonic()
+
+    def on_step(step: int, metrics: dict[str, float]) -> None:
+        told = ", ".join(f"{n.removesuffix('_accuracy')} {v:.2f}" for n, v in metrics.items() if "accuracy" in n)
+        say(f"features: step {step}/{steps}: accuracy {told}, {time.monotonic() - began:.0f} s")
+
+    network = train_features(
+        dataset.images,
+        labels,
+        key=jax.random.key(seed),
+        num_steps=steps,
+        batch_size=batch_size,
+        width=width,
+        data=dataset.name,
+        data_fingerprint=dataset.fingerprint,
+        on_step=on_step,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    network.save(path)
+    say(f"features: {network.fingerprint} in {path}")
+    return network
+
+
 def find_features(
     wanted: str | None,
     train: Dataset,
@@ -49,33 +109,33 @@ def find_features(
     """The extractor that was asked for, or that of the data, trained now if there is none yet.
 
     Args:
-      wanted: `inception`, a file made by experiments.features, or None for the features of the data.
+      wanted: `inception`, a file made by `spread-jax features`, or None for the features of the data.
       train: the training split.
       cache_dir: where the features of a data set are kept.
       steps: of training, where they are trained.
-      say: as made by `_launch.talker`.
+      say: called with sentences for people.
     """
     if wanted == "inception":
         return inception_features()
     if wanted is not None:
         network = FeatureNetwork.load(wanted)
         if network.image_shape != train.image_shape:
-            raise _launch.UsageError(
+            raise UsageError(
                 f"{wanted} takes images {network.image_shape}, the run's are {train.image_shape}: pass "
                 "features that were trained on its data, or leave --features out."
             )
         return network
-    path = feature_training.default_path(train, cache_dir)
+    path = features_path(train, cache_dir)
     if path.exists():
         return FeatureNetwork.load(path)
-    say(f"features: none for this data yet, training them; `python -m experiments.features --data {train.name}`")
-    return feature_training.train_and_save(train, path, say=say, steps=steps)
+    say(f"features: none for this data yet, training them; `spread-jax features --data {train.name}`")
+    return train_and_save_features(train, path, say=say, steps=steps)
 
 
 def require_enough(train: Dataset, test: Dataset) -> None:
     """Refuses splits too small for a distance."""
     if min(len(test), len(train)) < FEWEST:
-        raise _launch.UsageError(
+        raise UsageError(
             f"{train.source} has {len(train)} training and {len(test)} test images: {FEWEST} of each are needed."
         )
 
@@ -127,21 +187,9 @@ def sharpness(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
     return {"sharpness": found.value, "sharpness_standard_error": found.standard_error}
 
 
-def as_stored(images: np.ndarray) -> np.ndarray:
+def to_bytes(images: np.ndarray) -> np.ndarray:
     """Images in [0, 1] as uint8, as a file would hold them: what every extractor sees."""
     return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
-
-
-def sample_images(
-    generate: Callable[[jax.Array], jax.Array], latents: np.ndarray, *, batch_size: int = 64
-) -> np.ndarray:
-    """uint8 images g(z) [n, height, width, channels] of latents [n, Z]; one shape, one compilation."""
-    count = len(latents)
-    parts = []
-    for start in range(0, count, batch_size):
-        rows = np.arange(start, start + batch_size) % count
-        parts.append(as_stored(np.asarray(generate(latents[rows])))[: count - start])
-    return np.concatenate(parts)
 
 
 def sample_scores(samples: np.ndarray, held_out: np.ndarray, held_out_features: np.ndarray, extract: Features) -> dict:

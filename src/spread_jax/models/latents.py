@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,10 @@ import numpy as np
 import optax
 
 from spread_jax.data import Dataset
+from spread_jax.models.run import Trained, encode
 from spread_jax.nn import CouplingFlow
+
+__all__ = ["LatentDensity", "Posteriors", "fit_flow", "fit_mixture", "posteriors", "standard_normal"]
 
 
 class Posteriors(NamedTuple):
@@ -44,29 +47,38 @@ class LatentDensity(NamedTuple):
     log_density: Callable[[np.ndarray], np.ndarray]
 
 
-def posteriors(model: Any, state: Any, dataset: Dataset, *, count: int, batch_size: int, key: jax.Array) -> Posteriors:
+def posteriors(run: Trained, dataset: Dataset, *, count: int, seed: int = 0) -> Posteriors:
     """q(z|y) of a split's first images, y drawn once for each.
 
     Args:
-      model: has `encode(state, uint8 batch, key) -> (mean, std)`.
-      state: of a run.
+      run: a generator with an encoder.
       dataset: the split.
       count: images at most.
-      batch_size: images at once, at most.
-      key: a JAX random key.
+      seed: of the noise on the images.
+
+    Returns:
+      Their means and standard deviations.
+
+    Raises:
+      ValueError: the method has no encoder.
     """
-    count = min(count, len(dataset))
-    size = min(count, batch_size)
-    parts = []
-    for start in range(0, count, size):
-        rows = np.arange(start, start + size) % count  # the last batch wraps to keep its shape
-        found = model.encode(state, np.asarray(dataset.images[rows]), jax.random.fold_in(key, start))
-        parts.append([np.asarray(part)[: count - start] for part in found])
-    return Posteriors(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+    found = encode(run, dataset.images[: min(count, len(dataset))], seed=seed)
+    return Posteriors(np.asarray(found.mean), np.asarray(found.std))
 
 
 def standard_normal(dim: int) -> LatentDensity:
-    """The prior N(0, I) on `dim` coordinates."""
+    """The prior N(0, I) on `dim` coordinates.
+
+    Args:
+      dim: Z, how many.
+
+    Returns:
+      Its sampler and density.
+
+    Example:
+      >>> standard_normal(2).log_density(np.zeros((1, 2))).round(3).tolist()
+      [-1.838]
+    """
     return LatentDensity(
         lambda num, key: np.asarray(jax.random.normal(key, (num, dim))),
         lambda z: -0.5 * (np.square(z).sum(axis=1) + dim * math.log(2 * math.pi)),
@@ -74,9 +86,30 @@ def standard_normal(dim: int) -> LatentDensity:
 
 
 def fit_mixture(found: Posteriors, *, components: int, seed: int) -> LatentDensity:
-    """A mixture of Gaussians with full covariances, by scikit-learn's EM on one draw for each image."""
+    """A mixture of Gaussians with full covariances, by scikit-learn's EM on one draw for each image.
+
+    Args:
+      found: the posteriors of the training images.
+      components: Gaussians in the mixture, at most as many as there are images.
+      seed: of the draws and of EM's start.
+
+    Returns:
+      Its sampler and density.
+
+    Raises:
+      ValueError: there are more components than images.
+
+    Source: Ghosh et al., From Variational to Deterministic Autoencoders, ICLR 2020, section 4.
+
+    Example:
+      >>> found = Posteriors(np.zeros((50, 2), np.float32), np.ones((50, 2), np.float32))
+      >>> fit_mixture(found, components=1, seed=0).sample(3, jax.random.key(0)).shape
+      (3, 2)
+    """
     from sklearn.mixture import GaussianMixture
 
+    if not 1 <= components <= len(found.mean):
+        raise ValueError(f"components must be from 1 to {len(found.mean)}, the number of images, got {components}.")
     draws = found.draw(jax.random.key(seed)).astype(np.float64)
     fitted = GaussianMixture(components, covariance_type="full", reg_covar=1e-4, random_state=seed, max_iter=200)
     with warnings.catch_warnings():  # EM that stops at its last iteration is still a mixture

@@ -15,10 +15,11 @@ from spread_jax._progress import tell
 from spread_jax.data import DatasetError
 from spread_jax.errors import UsageError
 from spread_jax.evaluation import FeaturesError
+from spread_jax.models import SettingError
+from spread_jax.noise import NoiseCollapseError
 from spread_jax.runtime import first_process, initialize_distributed, process_of_environment
 from spread_jax.training import (
     CheckpointError,
-    NoiseCollapseError,
     NonFiniteLossError,
     RunDirectoryError,
     TrainingInterrupted,
@@ -64,6 +65,9 @@ def run_program(main: Callable[[], int | None], *, in_all_processes: bool = Fals
             code = main() if process is None or not process.index else 0
     except _REFUSALS as error:
         tell(f"\nerror: {error}")
+        code = 1
+    except SettingError as error:
+        tell(f"\nerror: --{error.setting.replace('_', '-')} {error.problem}")
         code = 1
     except TrainingInterrupted as interruption:  # who trains has said so and saved
         code = 128 + interruption.signal

@@ -1,0 +1,56 @@
+"""What a run shows of itself: samples, reconstructions, interpolations."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from spread_jax.evaluation import image_grid, save_image
+from spread_jax.models.run import Trained
+from spread_jax.training import RunDirectory
+
+__all__ = ["draw_pictures", "spherical_interpolation"]
+
+
+def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latents: np.ndarray, key) -> None:
+    """Samples, reconstructions and interpolations as PNG files in a run's folder.
+
+    Args:
+      run: the generator.
+      folder: the run's open folder.
+      images: uint8 [n, height, width, channels], of which up to twelve are reconstructed.
+      latents: [64, Z] of the samples, the same throughout a run.
+      key: of the noise on the images.
+    """
+    path = spherical_interpolation(latents[:6], latents[6:12], num=10)
+    both = np.concatenate([latents, path.reshape(-1, path.shape[-1])])  # in one call: one shape to compile
+    drawn = np.asarray(run.programs.generate(run.state.ema, both))
+    samples, between = np.split(drawn, [len(latents)])
+    scale = max(1, 56 // run.method.image_shape[0])
+    grid = image_grid(samples, columns=8, scale=scale)
+    (folder.path / "samples").mkdir(exist_ok=True)
+    save_image(grid, folder.path / "samples" / f"step_{int(run.state.step):06d}.png")
+    save_image(grid, folder.save_figure_path("samples.png"))
+    save_image(image_grid(between, columns=10, scale=scale), folder.save_figure_path("interpolations.png"))
+    if run.has_encoder:
+        images = images[:12]
+        found, again = run.programs.encode(run.state, images, key)
+        rows = np.concatenate([images / 255.0, np.asarray(found.seen), np.asarray(again)])
+        save_image(image_grid(rows, columns=len(images), scale=scale), folder.save_figure_path("reconstructions.png"))
+
+
+def spherical_interpolation(start: np.ndarray, end: np.ndarray, *, num: int) -> np.ndarray:
+    """Points on the arcs between latents; their norms stay typical of N(0, I).
+
+    Args:
+      start: [n, Z].
+      end: [n, Z].
+      num: points on each arc, both ends among them.
+
+    Returns:
+      [n, num, Z].
+    """
+    unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)
+    angle = np.arccos(np.clip((unit(start) * unit(end)).sum(axis=1), -0.9999, 0.9999))[:, None, None]
+    t = np.linspace(0.0, 1.0, num, dtype=start.dtype)[None, :, None]
+    arc = np.sin((1 - t) * angle) * start[:, None] + np.sin(t * angle) * end[:, None]
+    return arc / np.sin(angle)
