@@ -101,7 +101,7 @@ class Trained:
     @property
     def has_encoder(self) -> bool:
         """Whether images can be encoded and reconstructed."""
-        return "encoder" in self.method.modules
+        return "encoder" in self.method.parts
 
     def __repr__(self) -> str:
         return f"Trained({self.method.name}, step {int(self.state.step)}, {self.path})"

@@ -42,10 +42,6 @@ class WaeMmd(Method):
     mmd_weight: float = 100.0
     """Weight of the penalty on the latents (published: 100 for faces, 10 for MNIST)."""
 
-    def default_networks(self):
-        """The usual encoder, of whose outputs the mean is used, and the usual generator."""
-        return self.image_networks()
-
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()
