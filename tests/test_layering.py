@@ -23,6 +23,8 @@ ALLOWED = {
     "data": set(),
     "training": set(),
     "evaluation": {"noise", "divergences", "objectives", "linear"},
+    "models": {"noise", "divergences", "objectives", "nn", "data", "training", "evaluation"},
+    "cli": {"noise", "divergences", "objectives", "nn", "data", "training", "evaluation", "models"},
     "cli": {"data", "evaluation", "training"},
 }
 # The folders that `import spread_jax` reaches: no package beyond jax and numpy; a bar on a terminal asks for rich.

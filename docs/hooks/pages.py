@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "spread_jax"
-ORDER = ("noise", "divergences", "objectives", "linear", "nn", "data", "training", "evaluation")
+ORDER = ("noise", "divergences", "objectives", "linear", "nn", "data", "training", "evaluation", "models", "cli")
 
 
 def public_names(path: Path) -> list[str]:

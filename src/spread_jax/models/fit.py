@@ -21,7 +21,7 @@ from spread_jax.models._saved import to_json
 from spread_jax.models.method import Method, SettingError
 from spread_jax.models.pictures import draw_pictures
 from spread_jax.models.run import Programs, Trained, held_out
-from spread_jax.models.settings import DataSettings, FitSettings, open_splits
+from spread_jax.models.settings import SPLITS, DataSettings, FitSettings, open_splits
 from spread_jax.runtime import first_process, versions
 from spread_jax.training import (
     Checkpointer,
@@ -114,6 +114,8 @@ def fit(
     # Data first: what is wrong with it is said before anything is written.
     if isinstance(data, Mapping):
         splits = dict(data)
+        if missing := [split for split in SPLITS if split not in splits]:
+            raise SettingError("data", f"must have the splits {', '.join(SPLITS)}; {missing[0]} is missing.")
         data = data_settings or DataSettings(splits["train"].name)
     else:
         data = data if isinstance(data, DataSettings) else DataSettings(os.fspath(data))
