@@ -161,7 +161,7 @@ def test_half_precision(name):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ScaleCritic(width=0), "width must be a whole number of at least 1, got 0"),
+        (lambda: ScaleCritic(width=0), "width must be at least 1, got 0"),
         (lambda: Denoiser(width=3), "width must be an even number, since the layer beside x has width / 2 channels"),
     ],
 )

@@ -7,7 +7,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from spread_jax._checks import check_count
 
 MOST = 8  # times the width: the channels of the published networks' deepest layer, and of larger networks' too
 
@@ -31,12 +32,5 @@ def score_head(h: jax.Array) -> jax.Array:
 
 def check_width(width: int, *, even: bool = False) -> None:
     """Raises ValueError unless it is a positive number, and even where channels are half of it."""
-    check_positive("width", width)
-    if even and width % 2:
+    if check_count("width", width) % 2 and even:
         raise ValueError(f"width must be an even number, since the layer beside x has width / 2 channels; got {width}.")
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raises ValueError unless it is a whole number of at least 1."""
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")

@@ -19,7 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spread_jax.nn._layers import MOST, Network, check_positive, check_width, score_head
+from spread_jax._checks import check_count
+from spread_jax.nn._layers import MOST, Network, check_width, score_head
 from spread_jax.nn.convolutions import Conv, ConvTranspose
 
 __all__ = [
@@ -348,7 +349,7 @@ def image_encoder(
       3
     """
     dense, blocks, _ = _family(image_shape)
-    check_positive("latent_dim", latent_dim)
+    check_count("latent_dim", latent_dim)
     check_width(width)
     return (DenseEncoder if dense else Encoder)(latent_dim, width, blocks, dtype=dtype)
 
