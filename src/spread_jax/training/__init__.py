@@ -19,7 +19,7 @@ from spread_jax.training.parallel import (
     place_state,
     state_shardings,
 )
-from spread_jax.training.run_directory import RunDirectory, RunDirectoryError
+from spread_jax.training.run_directory import RunDirectory, RunDirectoryError, SavedRun, read_run
 from spread_jax.training.schedules import learning_rate_schedule, noise_scale_schedule
 from spread_jax.training.signals import StopRequest
 from spread_jax.training.state import LossOutput, TrainState, create_train_state, make_train_step
@@ -35,6 +35,7 @@ __all__ = [
     "Restored",
     "RunDirectory",
     "RunDirectoryError",
+    "SavedRun",
     "StepRecord",
     "StopRequest",
     "TrainState",
@@ -53,6 +54,7 @@ __all__ = [
     "noise_scale_schedule",
     "place_batch",
     "place_state",
+    "read_run",
     "state_shardings",
     "train",
 ]
