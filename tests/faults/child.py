@@ -36,6 +36,7 @@ from spread_jax.training import (
     RunDirectoryError,
     StopRequest,
     TrainingInterrupted,
+    _seal,
     checkpoint,
     create_train_state,
     make_train_step,
@@ -75,7 +76,7 @@ def die(*_, **__) -> None:
 def instrument(marks: Marks, die_at: str | None, die_step: int) -> None:
     """Writes every stage into the marks, and dies at the worst moment of one of them."""
     build, finish = cache._Entry.build, Checkpointer._finish
-    write_seal, drop_old = checkpoint._write_seal, Checkpointer._drop_old
+    write_seal, drop_old = checkpoint.write_seal, Checkpointer._drop_old
 
     def building(self, progress):
         marks.set(0, STAGES.index("decoding the cache"))
@@ -105,7 +106,7 @@ def instrument(marks: Marks, die_at: str | None, die_step: int) -> None:
 
             def half_delete(path, *_, **__):
                 # Everything but the seal is gone, the worst half.
-                for name in checkpoint._files(path):
+                for name in _seal.files_of(path):
                     os.remove(os.path.join(path, name))
                 die()
 
@@ -113,7 +114,7 @@ def instrument(marks: Marks, die_at: str | None, die_step: int) -> None:
         drop_old(self, newest)
 
     cache._Entry.build, Checkpointer._finish = building, finishing
-    checkpoint._write_seal, Checkpointer._drop_old = sealing, dropping
+    checkpoint.write_seal, Checkpointer._drop_old = sealing, dropping
 
 
 def digest_of(state) -> str:

@@ -245,14 +245,14 @@ def test_seconds_of_sealing_per_gigabyte(chaos, tally, monkeypatch, tmp_path):
         pytest.skip("part of `make chaos`")
     random = np.random.default_rng(0)
     state = {str(i): random.integers(0, 256, 2**27, np.uint8).view(np.float32) for i in range(8)}
-    spent, write_seal = [], checkpoint._write_seal
+    spent, write_seal = [], checkpoint.write_seal
 
     def timed(*arguments):
         began, busy = time.monotonic(), time.thread_time()
         write_seal(*arguments)
         spent.extend([time.monotonic() - began, time.thread_time() - busy])
 
-    monkeypatch.setattr(checkpoint, "_write_seal", timed)
+    monkeypatch.setattr(checkpoint, "write_seal", timed)
     with Checkpointer(tmp_path) as checkpointer:
         began = time.monotonic()
         checkpointer.save(1, state)

@@ -20,7 +20,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spread_jax.training import checkpoint
+from spread_jax.training import _seal, checkpoint
 from spread_jax.training.checkpoint import Checkpointer, CheckpointError
 
 CHILD = Path(__file__).with_name("checkpoint_child.py")
@@ -321,7 +321,7 @@ DAMAGE = {
 def test_damage_to_any_file_is_found_and_the_older_step_restored(two_steps, tmp_path, damage):
     files = sorted(p.relative_to(two_steps) for p in (two_steps / "2").rglob("*") if p.is_file())
     assert len(files) > 5
-    assert Path("2", checkpoint._SEAL) in files
+    assert Path("2", _seal.SEAL) in files
     for number, file in enumerate(files):
         folder = tmp_path / str(number)
         shutil.copytree(two_steps, folder)
@@ -346,19 +346,19 @@ def test_an_extra_file_and_another_steps_seal_are_found(two_steps, tmp_path):
         (folder / "2" / "d" / "more").write_text("")
 
     def swap(folder):
-        shutil.copy(folder / "1" / checkpoint._SEAL, folder / "2" / checkpoint._SEAL)
+        shutil.copy(folder / "1" / _seal.SEAL, folder / "2" / _seal.SEAL)
 
     def rename(folder):
         os.rename(folder / "2", folder / "3")
 
     def edit(folder):  # the seal protects its own metrics
-        seal = folder / "2" / checkpoint._SEAL
+        seal = folder / "2" / _seal.SEAL
         content = json.loads(seal.read_text())
         content["content"]["metrics"]["score"] = 99.0
         seal.write_text(json.dumps(content))
 
     def not_a_mapping(folder):
-        (folder / "2" / checkpoint._SEAL).write_text("[1]")
+        (folder / "2" / _seal.SEAL).write_text("[1]")
 
     for number, damage in enumerate([extra, swap, rename, edit, not_a_mapping]):
         folder = tmp_path / str(number)
@@ -400,10 +400,10 @@ def test_an_unsound_step_that_was_asked_for_is_an_error(two_steps, tmp_path):
 def test_a_seal_of_a_later_format_is_refused_and_left_alone(two_steps, tmp_path):
     folder = tmp_path / "steps"
     shutil.copytree(two_steps, folder)
-    path = folder / "2" / checkpoint._SEAL
-    content = json.loads(path.read_text())["content"] | {"format": checkpoint._FORMAT + 1}
-    outer = {"content": content, "digest": checkpoint._digest(content)}
-    path.write_text(checkpoint._seal_text(outer))
+    path = folder / "2" / _seal.SEAL
+    content = json.loads(path.read_text())["content"] | {"format": _seal.FORMAT + 1}
+    outer = {"content": content, "digest": _seal.digest_of(content)}
+    path.write_text(_seal.seal_text(outer))
     with Checkpointer(folder) as checkpointer, pytest.raises(CheckpointError, match="upgrade"):
         checkpointer.restore(small_state())
     assert sorted(os.listdir(folder)) == ["1", "2"]
@@ -551,7 +551,7 @@ def test_a_failure_while_sealing_is_raised_at_the_next_call(tmp_path, monkeypatc
             def fail(*_):
                 raise OSError(5, "Input/output error")
 
-            patch.setattr(checkpoint, "_write_seal", fail)
+            patch.setattr(checkpoint, "write_seal", fail)
             checkpointer.save(2, small_state(2))
             with pytest.raises(CheckpointError, match=r"step 2 .* Input/output error"):
                 checkpointer.save(3, small_state(3))
@@ -579,13 +579,13 @@ def test_orbax_is_quiet_only_while_a_checkpointer_is_open(tmp_path, capfd):
 
 def test_saving_does_not_wait_for_the_seal(tmp_path, monkeypatch):
     gate = threading.Event()
-    write_seal = checkpoint._write_seal
+    write_seal = checkpoint.write_seal
 
     def wait_then_write(*arguments):
         assert gate.wait(30)
         write_seal(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_write_seal", wait_then_write)
+    monkeypatch.setattr(checkpoint, "write_seal", wait_then_write)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, small_state(1))
         assert checkpointer.latest_step is None  # announced only once it is sealed
