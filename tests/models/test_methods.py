@@ -36,7 +36,7 @@ def make(objective, noise="gaussian", **changes):
 FEW = [
     ("elbo", "laplace", {"learned_scale": True}),
     ("importance", "low_rank", {}),
-    ("spread_elbo", "transformed", {"num_spread_samples": 2, "through_encoder": True}),
+    ("spread_elbo", "low_rank", {"num_spread_samples": 2, "through_encoder": True}),
     ("wae_mmd", "gaussian", {}),
     ("spread_gan", "low_rank", {"critic_steps": 2, "gan_divergence": "kl"}),
 ]

@@ -125,6 +125,12 @@ def fit(
     method = dataclasses.replace(method, image_shape=tuple(train_split.image_shape))
     method.validate()
     method = method.with_data(train_split.images)
+    if settings.batch_size // settings.accumulate < method.smallest_batch:
+        raise SettingError(
+            "batch_size",
+            f"must be at least {method.smallest_batch * settings.accumulate} for {method.title}, got "
+            f"{settings.batch_size}: its loss compares sets of images.",
+        )
     settings.loader(train_split)  # refuses a batch that does not fit
     config = {
         **(about or {}),

@@ -74,6 +74,7 @@ class Method:
       curves: axis label, with its unit -> {metric: legend}, the panels of curves.png.
       best_metric: the held-out number that picks the best checkpoint and "max" or "min"; None to keep no best one.
       bounds: held-out numbers whose standard errors are given.
+      smallest_batch: images that a loss needs at least; 2 where it compares sets.
     """
 
     name: ClassVar[str]
@@ -84,6 +85,7 @@ class Method:
     curves: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = None
     bounds: ClassVar[tuple[str, ...]] = ()
+    smallest_batch: ClassVar[int] = 1
 
     image_shape: Suppress[tuple[int, int, int]] = (64, 64, 3)
     """(height, width, channels); `fit` takes it from the data."""

@@ -276,7 +276,7 @@ def held_out(run: Trained, dataset: Dataset, *, count: int, batch_size: int, key
       The means of `Method.evaluate`'s numbers, and <name>_standard_error (without "_nats") of the bounds among them.
     """
     count = min(len(dataset), count)
-    size = min(count, batch_size)
+    size = max(min(count, batch_size), run.method.smallest_batch)
     names: list[str] = []
 
     def one(batch, start):

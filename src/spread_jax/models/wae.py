@@ -36,6 +36,7 @@ class WaeMmd(Method):
         "squared error per pixel": {"validation_reconstruction_mse": "reconstruction, validation"},
     }
     best_metric: ClassVar = ("loss", "min")
+    smallest_batch: ClassVar = 2
 
     learning_rate: float = 2e-3
     """Adam's learning rate for encoder and generator, after the warm-up."""
