@@ -53,6 +53,7 @@ from spread_jax.noise import (
     UniformNoise,
     check_noise_range,
     check_valid_spread,
+    spread,
 )
 from spread_jax.objectives import (
     BoundTerms,
@@ -121,6 +122,7 @@ __all__ = [
     "mmd_squared",
     "reverse_kl",
     "sandwich_covariance",
+    "spread",
     "spread_chi_squared_deltas",
     "spread_divergence",
     "spread_elbo",

@@ -1,6 +1,6 @@
 """Spread noises p(y|x): what is added to data and model alike."""
 
-from spread_jax.noise._protocol import SpreadNoise
+from spread_jax.noise._protocol import SpreadNoise, spread
 from spread_jax.noise.discrete import DiscreteNoise
 from spread_jax.noise.gaussian import GaussianNoise
 from spread_jax.noise.laplace import LaplaceNoise
@@ -43,4 +43,5 @@ __all__ = [
     "UniformNoise",
     "check_noise_range",
     "check_valid_spread",
+    "spread",
 ]
