@@ -73,12 +73,8 @@ def train(
 
 def default_workdir(flags: Parsed, experiment: str) -> Path:
     """runs/<experiment>/<preset>-<seed>, and the objective and the noise where they are not the usual ones."""
-    extra = [
-        name
-        for name, usual in ((flags.method.name, "spread_elbo"), (flags.noise, "gaussian"))
-        if name not in (usual, None)
-    ]
-    return Path("runs", experiment, "-".join([flags.preset, str(flags.fit.seed), *extra]))
+    unusual = [name for name in (flags.objective, *flags.noises) if name not in ("spread_elbo", "gaussian")]
+    return Path("runs", experiment, "-".join([flags.preset, str(flags.fit.seed), *unusual]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from spread_jax.models.delta_vae import DeltaVae
 from spread_jax.models.evaluate import EvaluateSettings, evaluate, fitted_latents
-from spread_jax.models.fit import evaluation_key, fit, parameters, shown_latents
+from spread_jax.models.fit import RESUMABLE, evaluation_key, fit, parameters, shown_latents
 from spread_jax.models.importance import ImportanceWeighted
 from spread_jax.models.latents import LatentDensity, Posteriors, fit_flow, fit_mixture, posteriors, standard_normal
 from spread_jax.models.method import Encoded, Method, SettingError
@@ -20,6 +20,7 @@ __all__ = [
     "METHODS",
     "NOISES",
     "PRESETS",
+    "RESUMABLE",
     "DataSettings",
     "DeltaVae",
     "Encoded",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,13 @@ from spread_jax.training import LossOutput, Player, TrainState, noise_scale_sche
 
 @dataclasses.dataclass(frozen=True)
 class SpreadMethod(Method):
-    """A method with noise on images, whose scale is annealed over the model's steps."""
+    """A method with noise on images, whose scale is annealed over the model's steps.
+
+    Attributes:
+      learns_noise: whether a learned noise has something to learn from.
+    """
+
+    learns_noise: ClassVar[bool] = True
 
     noise: NoiseModel = FixedGaussian()  # noqa: RUF009 (frozen)
     """The noise; see `spread_jax.models.NOISES`."""

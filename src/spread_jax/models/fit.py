@@ -38,7 +38,7 @@ from spread_jax.training import (
     train,
 )
 
-__all__ = ["evaluation_key", "fit", "shown_latents"]
+__all__ = ["RESUMABLE", "evaluation_key", "fit", "shown_latents"]
 
 # What may differ when a run is resumed: these change what is recorded and kept, not what is computed.
 RESUMABLE = (
@@ -82,7 +82,7 @@ def fit(
       pictures: whether to draw samples, reconstructions, interpolations and curves.
       real_images: whether the report shows images of the data set.
       tensorboard: whether to write TensorBoard events.
-      extra_results: (trained, splits) -> what else belongs into results.json.
+      extra_results: (trained, splits) -> what else belongs into results.json; `trained.results` has the rest by then.
       on_log: called with the step and the numbers of each record.
       quiet: whether to say nothing.
 
@@ -148,7 +148,9 @@ def fit(
         done = finished_steps(folder)
         if done >= settings.steps:
             say(f"{folder.path} is finished ({done} steps); raise the steps to go on.")
-            return Trained(method, job.restored(), path=folder.path, results=folder.results, programs=job.programs)
+            trained = job.as_trained(job.restored())
+            trained.results, trained.records = folder.results, folder.read_metrics()
+            return trained
         trained, speed = job.train()
         results = {
             **(about or {}),
@@ -171,15 +173,14 @@ def fit(
             "processes": jax.process_count(),
             "versions": versions(),
         }
+        trained.results, trained.records = results, folder.read_metrics()
         if pictures:
             job.draw(trained)
-            records = folder.read_metrics()
             title = ", ".join(str(part) for part in (config.get("preset"), f"seed {settings.seed}") if part)
-            if panels := _panels(method, records):
-                save_curves(records, panels, folder.save_figure_path("curves.png"), title=title)
+            if panels := _panels(method, trained.records):
+                save_curves(trained.records, panels, folder.save_figure_path("curves.png"), title=title)
         if extra_results is not None:
             results |= extra_results(trained, splits)
-        trained.results = results
         folder.write_results(results)
         if pictures:
             write_report(folder.path, real_images=real_images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from spread_jax.evaluation import image_grid, save_image
-from spread_jax.models.run import Trained
+from spread_jax.models.run import Trained, in_batches
 from spread_jax.training import RunDirectory
 
 __all__ = ["draw_pictures", "spherical_interpolation"]
@@ -22,8 +22,9 @@ def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latent
       key: of the noise on the images.
     """
     path = spherical_interpolation(latents[:6], latents[6:12], num=10)
-    both = np.concatenate([latents, path.reshape(-1, path.shape[-1])])  # in one call: one shape to compile
-    drawn = np.asarray(run.programs.generate(run.state.ema, both))
+    both = np.concatenate([latents, path.reshape(-1, path.shape[-1])])
+    # In batches as `sample` and `reconstruct` have them: one shape to compile for all.
+    drawn = in_batches(lambda z: (run.programs.generate(run.state.ema, z),), both)[0]
     samples, between = np.split(drawn, [len(latents)])
     scale = max(1, 56 // run.method.image_shape[0])
     grid = image_grid(samples, columns=8, scale=scale)
@@ -33,8 +34,12 @@ def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latent
     save_image(image_grid(between, columns=10, scale=scale), folder.save_figure_path("interpolations.png"))
     if run.has_encoder:
         images = images[:12]
-        found, again = run.programs.encode(run.state, images, key)
-        rows = np.concatenate([images / 255.0, np.asarray(found.seen), np.asarray(again)])
+
+        def seen_and_decoded(batch):
+            found, again = run.programs.encode(run.state, batch, key)
+            return found.seen, again
+
+        rows = np.concatenate([images / 255.0, *in_batches(seen_and_decoded, images)])
         save_image(image_grid(rows, columns=len(images), scale=scale), folder.save_figure_path("reconstructions.png"))
 
 

@@ -82,6 +82,7 @@ class Trained:
       state: its state, on one device.
       path: the run's folder, or None.
       results: what was found at the end of training; {} of a run that has not ended.
+      records: the lines of metrics.jsonl, of what `fit` returned; [] of a run that was read from its folder.
       programs: the method's compiled functions.
     """
 
@@ -96,6 +97,7 @@ class Trained:
     ):
         self.method, self.state, self.path = method, state, path
         self.results = dict(results or {})
+        self.records: list[dict[str, Any]] = []
         self.programs = programs or Programs(method)
 
     @property

@@ -38,6 +38,7 @@ class Vae(SpreadMethod):
     curves: ClassVar = DeltaVae.curves
     best_metric: ClassVar = ("elbo_nats", "max")
     bounds: ClassVar = ("elbo_nats",)
+    learns_noise: ClassVar = False
 
     learning_rate: float = 2e-3
     """Adam's learning rate for encoder and generator, after the warm-up."""
