@@ -115,17 +115,53 @@ def test_no_module_unpickles_or_evaluates():
                     assert "allow_pickle=False" in ast.unparse(node), path
 
 
-def test_features_of_a_tfds_folder_import_no_foreign_code(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
+FEATURES = "tensorflow_datasets.core.features"
+EVIL = "evil_of_a_stranger.Feature"
+
+
+def spellings():
+    """features.json that names the stranger's class, in the forms that TFDS reads."""
+    new = {"pythonClassName": EVIL, "tensor": {}}
+    old = {"type": EVIL, "content": {}}
+    of = lambda name, **content: {"pythonClassName": f"{FEATURES}.{name}", **content}
+    as_text = json.dumps({"features": {"image": new}})
+    images = of("features_dict.FeaturesDict", featuresDict={"features": {"image": new}})
+    return {
+        "itself": new,
+        "snake case": {"python_class_name": EVIL, "tensor": {}},
+        "in a dict": images,
+        "in a dict in a sequence": of("sequence_feature.Sequence", sequence={"feature": images}),
+        "in JSON in a string": of("features_dict.FeaturesDict", jsonFeature={"json": json.dumps({"image": old})}),
+        "legacy": {"type": f"{FEATURES}.features_dict.FeaturesDict", "content": {"image": old}},
+        "legacy, in a string": {
+            "type": f"{FEATURES}.features_dict.FeaturesDict",
+            "proto_cls": "tensorflow_datasets.FeaturesDict",
+            "content": as_text,
+        },
+        "a name of TFDS's own": {"type": "tensorflow_datasets.scripts.cli.main.Feature", "content": {}},
+    }
+
+
+def test_features_of_a_tfds_folder_import_no_foreign_code(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("importlib_resources")
-    (tmp_path / "dataset_info.json").write_text("{}")
-    for key in ("pythonClassName", "type"):
-        inner = {"features": {"image": {key: "os_of_a_stranger.Feature"}}}
-        (tmp_path / "features.json").write_text(
-            json.dumps({key: "tensorflow_datasets.core.features.features_dict.FeaturesDict", "d": [inner]})
-        )
-        with pytest.raises(DatasetError, match="names the class os_of_a_stranger"):
-            open_dataset(tmp_path)
+    proof = tmp_path / "it ran"
+    (tmp_path / "evil_of_a_stranger.py").write_text(f"open({str(proof)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text('{"name": "set", "version": "1.0.0", "fileFormat": "array_record"}')
+    for how, features in spellings().items():
+        (folder / "features.json").write_text(json.dumps(features))
+        with pytest.raises(DatasetError, match=r"names the class .*, which is not one of"):
+            open_dataset(folder)
+        assert not proof.exists(), how
+    with pytest.raises(ValueError, match="Unrecognized FeatureConnector"):  # by TFDS itself it runs
+        tfds.features.FeatureConnector.from_config(folder.parent / "set")
+    (folder / "features.json").write_text(json.dumps(spellings()["in JSON in a string"]))
+    with pytest.raises(ValueError, match="Unrecognized FeatureConnector"):
+        tfds.features.FeatureConnector.from_config(folder)
+    assert proof.exists()
 
 
 def test_no_program_is_started_for_a_picture():

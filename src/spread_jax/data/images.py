@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,13 +16,41 @@ from spread_jax.data.errors import DatasetError
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+)
+# Pictures too, which are passed over and told of.
+OTHER_PICTURES = frozenset(
+    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".tga", ".dng", ".cr2", ".nef", ".arw", ".raw")
+)
 # Only these are decoded, whatever a file's name: others hand the file to programs outside, as EPS does to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 256 * 1024 * 1024
 _MAX_RATIO = 200
 _ALWAYS_ALLOWED = 1024 * 1024 * 1024
+
+
+class _Room:
+    """Pixels that all threads may decode at once: a picture takes up to three times 4 bytes for each of its own."""
+
+    def __init__(self, pixels: int):
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+_room = _Room(MAX_PIXELS)
 
 
 class Transform(NamedTuple):
@@ -106,9 +135,10 @@ def decode_image(encoded: bytes, transform: Transform, name: str) -> np.ndarray:
                     f"{name} is {image.width}x{image.height} pixels, more than the "
                     f"{MAX_PIXELS:,} that are decoded from one file: shrink or remove it."
                 )
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _finish(_eight_bit(upright, transform.channels, name), transform, name)
+            with _room.taken(image.width * image.height):
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                return _finish(_eight_bit(image, transform.channels, name), transform, name)
     except DatasetError:
         raise
     except Image.DecompressionBombError as error:

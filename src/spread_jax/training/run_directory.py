@@ -339,6 +339,20 @@ class RunDirectory:
         """Whether ``results.json`` is there and complete."""
         return self.results is not None
 
+    @property
+    def finished_steps(self) -> int:
+        """The ``steps`` of the results, how far the run went when it was finished; 0 where it is not.
+
+        Raises:
+          RunDirectoryError: the results hold something else under that name.
+        """
+        steps = (self.results or {}).get("steps", 0)
+        if type(steps) is not int:
+            raise RunDirectoryError(
+                f"{self.path / 'results.json'} is damaged: its steps are {json.dumps(steps)[:60]}. Delete it."
+            )
+        return steps
+
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Writes ``results.json`` in one piece; from then on the run is finished.
 
