@@ -33,6 +33,7 @@ FLAGS = {
     "noise_decay_every": 10,
     "final_learning_rate_fraction": 1.0,
     "learning_rate": 1e-4,
+    "warmup_steps": 0,
 }
 
 

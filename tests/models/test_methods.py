@@ -275,11 +275,27 @@ BAD = {
     "odd width": (DeltaVae, {"width": 3}, "width must be an even number"),
     "image size": (DeltaVae, {"image_shape": (48, 48, 3)}, "image_size"),
     "average": (DeltaVae, {"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\)"),
-    "unknown part": (DeltaVae, {"networks": {"critic": NETWORKS["critic"]}}, "networks has 'critic', and this method's parts are"),
-    "other images": (DeltaVae, {"networks": {"generator": Wide()}}, r"networks\['generator'\] must return \(1, 64, 64, 3\) for \(1, 16\), got \(1, 9, 9, 1\)"),
-    "other latents": (DeltaVae, {"networks": {"encoder": NETWORKS["encoder"]}}, r"must return \(1, 16\) and \(1, 16\) for .*, got \(1, 3\) and \(1, 3\)"),
-    "a failing network": (DeltaVae, {"networks": {"generator": Broken()}}, r"networks\['generator'\] cannot be called with an array of shape \(1, 16\)"),
-}  # fmt: skip
+    "unknown part": (
+        DeltaVae,
+        {"networks": {"critic": NETWORKS["critic"]}},
+        "networks has 'critic', and this",
+    ),
+    "other images": (
+        DeltaVae,
+        {"networks": {"generator": Wide()}},
+        r"networks\['generator'\] must return \(1, 64, 64, 3\) for \(1, 16\), got \(1, 9, 9, 1\)",
+    ),
+    "other latents": (
+        DeltaVae,
+        {"networks": {"encoder": NETWORKS["encoder"]}},
+        r"must return \(1, 16\) and \(1, 16\) for .*, got \(1, 3\) and \(1, 3\)",
+    ),
+    "a failing network": (
+        DeltaVae,
+        {"networks": {"generator": Broken()}},
+        r"networks\['generator'\] cannot be called with an array of shape \(1, 16\)",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD)
