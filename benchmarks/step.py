@@ -41,7 +41,7 @@ class Config:
     widths: tuple[int, ...] = (16, 32, 64, 128)
     """Channels of the encoder's first convolution."""
     conditional_widths: tuple[int, ...] = (16, 64)
-    """Channels of the first convolution of the critic, and of the denoiser's first that halves."""
+    """Channels of the first convolution of the critic and of the denoiser."""
     networks: tuple[Network, ...] = ("model", "scale_critic", "denoiser")
     """What is trained."""
     batch_size: int = 32

@@ -162,26 +162,31 @@ class Denoiser(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        channels = [width // 2, *(width * multiple for multiple in (1, 2, 4, 8))]
+        channels = [width * multiple for multiple in (1, 2, 4, 8)]
         down = [nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False) for a, b in itertools.pairwise(channels)]
-        self.convolutions = nn.ModuleList([nn.Conv2d(3, channels[0], 5, padding=2, bias=False), *down])
+        first, middle = (nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in ((12, width), (channels[-1],) * 2))
+        self.convolutions = nn.ModuleList([first, *down, middle])
         self.transposed = nn.ModuleList(
             nn.ConvTranspose2d(a, b, 5, stride=2, padding=2, output_padding=1, bias=False)
             for a, b in itertools.pairwise(channels[::-1])
         )
-        self.modulations = nn.ModuleList(Modulation(c) for c in [*channels, *channels[-2::-1]])
-        self.last = nn.Conv2d(channels[0], 3, 5, padding=2)
+        self.modulations = nn.ModuleList(Modulation(c) for c in [*channels, *channels[::-1]])
+        self.last = nn.Conv2d(width + 12, 12, 3, padding=1)
 
     def forward(self, y, sigma):
         waves, scale = waves_of(sigma), sigma[:, None, None, None]
         total, centred = scale**2 + 0.25**2, y - 0.5
-        h, passed, modulations = centred / total.sqrt(), [], iter(self.modulations)
-        for convolution in self.convolutions:
-            passed.append(functional.silu(next(modulations)(convolution(h), waves)))
-            h = passed[-1]
+        blocks, passed, modulations = functional.pixel_unshuffle(centred / total.sqrt(), 2), [], iter(self.modulations)
+        after = lambda h: functional.silu(next(modulations)(h, waves))
+        *down, middle = self.convolutions
+        h = blocks
+        for convolution in down:
+            h = after(convolution(h))
+            passed.append(h)
+        h = after(middle(h)) + h
         for convolution, same_size in zip(self.transposed, passed[-2::-1], strict=True):
-            h = functional.silu(next(modulations)(convolution(h), waves)) + same_size
-        correction = self.last(h).float()
+            h = after(convolution(h)) + same_size
+        correction = functional.pixel_shuffle(self.last(torch.cat([h, blocks], dim=1)).float(), 2)
         return y + scale * (0.25 * correction / total.sqrt() - scale / total * centred)
 
     def copy_from(self, params):
@@ -189,11 +194,19 @@ class Denoiser(nn.Module):
         _copy_modulated(self, params)
         for i, convolution in enumerate(self.transposed):
             _copy(convolution.weight, np.asarray(params[f"ConvTranspose_{i}"]["kernel"]).transpose(2, 3, 0, 1))
-        last = params[f"ConvTranspose_{len(self.transposed)}"]
-        _copy(self.last.weight, np.flip(last["kernel"], (0, 1)).transpose(3, 2, 0, 1))
-        _copy(self.last.bias, last["bias"])
+        last = params[f"Conv_{len(self.convolutions)}"]
+        width = last["kernel"].shape[2] - 12
+        with torch.no_grad():
+            first, last_kernel = self.convolutions[0].weight, self.last.weight
+            last_kernel.copy_(torch.from_numpy(np.flip(np.array(last["kernel"]), (0, 1)).transpose(3, 2, 0, 1).copy()))
+            first.copy_(first[:, _BLOCK])
+            last_kernel.copy_(last_kernel[:, [*range(width), *(width + i for i in _BLOCK)]][_BLOCK])
+            self.last.bias.copy_(torch.from_numpy(np.asarray(last["bias"])[_BLOCK]))
 
 
+# Flax's channel of each of PyTorch's, of a block of the mirror image: there channels are the slower axis, and rows and
+# columns of a block run backwards.
+_BLOCK = [(3 - place) * 3 + channel for channel in range(3) for place in range(4)]
 CONDITIONAL = {"scale_critic": ScaleCritic, "denoiser": Denoiser}
 
 

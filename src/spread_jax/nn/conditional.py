@@ -82,26 +82,28 @@ class ScaleCritic(_Conditional):
 
 
 class Denoiser(_Conditional):
-    """E[x|y] of y = x + sigma eps: a small U-Net F of 5x5 convolutions, preconditioned for every sigma.
+    """E[x|y] of y = x + sigma eps: a small U-Net F, preconditioned for every sigma.
 
         D(y, sigma) = m + c_skip (y - m) + c_out F(c_in (y - m), log sigma),
         c_skip = s^2 / (sigma^2 + s^2),   c_out = sigma s / sqrt(sigma^2 + s^2),   c_in = 1 / sqrt(sigma^2 + s^2),
 
     m and s being mean and scale of the data: D is y at sigma = 0 and forgets y as sigma grows, and what F has to give
-    is of order one at every scale. F halves the image while its sides are even and above 4, from width / 2 channels at
-    full size to width, 2 width, 4 width and from there 8 width, and doubles it again, adding what it had at each size.
-    Every layer but the last is followed by a normalisation over the example, whose scale and shift are functions of
-    log sigma, and SiLU. The last starts at 0: then D = m + c_skip (y - m).
+    is of order one at every scale. F takes blocks of 2x2 pixels for channels, and gives such. 5x5 convolutions halve
+    the image from there while its sides are even and above 4, from width to 2 width, 4 width and from there 8 width
+    channels, and transposed ones double it again, adding what there was at each size; the others are 3x3. Every layer
+    but the last is followed by a normalisation over the example, whose scale and shift are functions of log sigma, and
+    SiLU. The last starts at 0: then D = m + c_skip (y - m).
 
     Attributes:
-      width: channels at half size, even.
+      width: channels at half the image's size.
       data_scale: s, standard deviation of the data's pixels.
       data_mean: m, mean of the data's pixels.
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
 
     Raises:
-      ValueError: sigma is neither a scalar nor one number for each example, or the width not positive and even.
+      ValueError: sigma is neither a scalar nor one number for each example, the height or width of y is odd, or `width`
+        not positive.
 
     Source: Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, NeurIPS 2022, table 1.
 
@@ -118,7 +120,7 @@ class Denoiser(_Conditional):
     data_mean: float = 0.5
 
     def __post_init__(self):
-        check_width(self.width, even=True)
+        check_width(self.width)
         super().__post_init__()
 
     @nn.compact
@@ -133,18 +135,21 @@ class Denoiser(_Conditional):
 
     def _correction(self, y, sigma):
         """F, of order one."""
-        h = nn.silu(self._modulated(self.layer(Conv, self.width // 2, use_bias=False)(y), sigma))
+        blocks = _to_blocks(y)
+        after = lambda h: nn.silu(self._modulated(h, sigma))
+        h = after(self.layer(Conv, self.width, kernel_size=(3, 3), use_bias=False)(blocks))
         passed = []
         while all(side % 2 == 0 and side > _END for side in h.shape[1:3]):
             passed.append(h)
-            features = min(2 ** (len(passed) - 1), MOST) * self.width
-            h = self.layer(Conv, features, stride=2, use_bias=False)(h)
-            h = nn.silu(self._modulated(h, sigma))
+            h = after(self.layer(Conv, min(2 ** len(passed), MOST) * self.width, stride=2, use_bias=False)(h))
+        h = after(self.layer(Conv, h.shape[-1], kernel_size=(3, 3), use_bias=False)(h)) + h
         for same_size in reversed(passed):
-            h = self.layer(ConvTranspose, same_size.shape[-1], stride=2, use_bias=False)(h)
-            h = nn.silu(self._modulated(h, sigma)) + same_size
-        last = self.layer(ConvTranspose, y.shape[-1], kernel_init=nn.initializers.zeros_init())
-        return last(h).astype(sigma.dtype)
+            h = after(self.layer(ConvTranspose, same_size.shape[-1], stride=2, use_bias=False)(h)) + same_size
+        # The blocks of y once more: at small sigma F has to give each pixel's noise.
+        h = jnp.concatenate([h, blocks.astype(h.dtype)], axis=-1)
+        zeros = nn.initializers.zeros_init()
+        h = self.layer(Conv, blocks.shape[-1], kernel_size=(3, 3), kernel_init=zeros)(h)
+        return _to_pixels(h.astype(sigma.dtype))
 
 
 def _for_each(sigma: jax.Array | float, y: jax.Array) -> jax.Array:
@@ -154,3 +159,19 @@ def _for_each(sigma: jax.Array | float, y: jax.Array) -> jax.Array:
     if sigma.shape not in ((), (batch,), (batch, *(1,) * (y.ndim - 1))):
         raise ValueError(f"sigma must be a scalar or one number for each of the {batch} examples, got {sigma.shape}.")
     return jnp.broadcast_to(sigma.reshape(-1), (batch,))
+
+
+def _to_blocks(y: jax.Array) -> jax.Array:
+    """[batch, 2 height, 2 width, channels] -> [batch, height, width, 4 channels]."""
+    batch, height, width, channels = y.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"y must have an even height and width, got shape {y.shape}.")
+    blocks = y.reshape(batch, height // 2, 2, width // 2, 2, channels).transpose(0, 1, 3, 2, 4, 5)
+    return blocks.reshape(batch, height // 2, width // 2, 4 * channels)
+
+
+def _to_pixels(blocks: jax.Array) -> jax.Array:
+    """[batch, height, width, 4 channels] -> [batch, 2 height, 2 width, channels]."""
+    batch, height, width, channels = blocks.shape
+    pixels = blocks.reshape(batch, height, width, 2, 2, channels // 4).transpose(0, 1, 3, 2, 4, 5)
+    return pixels.reshape(batch, 2 * height, 2 * width, channels // 4)
