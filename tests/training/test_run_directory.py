@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spread_jax.training import CheckpointError, RunDirectory, RunDirectoryError, read_run
+from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, read_run
 
 CONFIG = {"seed": 0, "model": {"width": 64, "scales": (0.5, 1.0)}, "steps": 100}
 
@@ -198,6 +198,19 @@ def test_a_file_in_the_way(tmp_path):
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(RunDirectoryError, match=r"a file\. Give another --workdir"):
             open_run(path)
+
+
+def test_names_that_no_folder_of_a_run_can_have(tmp_path, monkeypatch):
+    odd = tmp_path / os.fsdecode(b"\xff\xfe")
+    with pytest.raises(RunDirectoryError, match="is no UTF-8, which checkpoints need"):
+        open_run(odd)
+    with pytest.raises(CheckpointError, match="is no name in UTF-8"):
+        Checkpointer(odd)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(RunDirectoryError, match="~/run cannot be a run's folder: Could not determine home directory"):
+        open_run("~/run")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
