@@ -237,6 +237,18 @@ def test_symbolic_links(photos, tmp_path, picture):
         list_folder(photos)
 
 
+def test_names_that_are_no_utf8(tmp_path, picture):
+    folder = tmp_path / os.fsdecode(b"ph\xffotos")
+    folder.mkdir()
+    for n in range(4):
+        (folder / os.fsdecode(b"\xe9%d.png" % n)).write_bytes(picture(n))
+    first = open_dataset(folder, image_size=4, progress=lambda *_: None)
+    assert len(first) == 2
+    again = []
+    assert len(open_dataset(folder, image_size=4, progress=lambda *call: again.append(call))) == 2
+    assert again == []
+
+
 def test_many_links_and_deep_folders_take_linear_time(photos, picture):
     """Every order of eight linked folders would be 100,000 paths; a folder in each of 1,500 is beyond the stack."""
     for n in range(8):

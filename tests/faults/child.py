@@ -133,9 +133,9 @@ def run(options: dict) -> int:
     """One training run, from the newest checkpoint or from the start; the exit code."""
     marks = Marks(options["marks"])
     instrument(marks, options.get("die_at"), options.get("die_step", 3))
-    if options.get("clock") == "backwards":
+    if seconds := {"backwards": -60.0, "forward": 86400.0}.get(options.get("clock")):
         ticks = itertools.count()
-        time.time = lambda: 1e9 - 60.0 * next(ticks)
+        time.time = lambda: 1e9 + seconds * next(ticks)
         time.time_ns = lambda: int(time.time() * 1e9)
     jax.config.update("jax_compilation_cache_dir", options["programs"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -163,9 +163,7 @@ def run(options: dict) -> int:
     config = {"seed": options.get("seed", 0), "width": width, "data": dataset.fingerprint}
     with (
         RunDirectory.open(options["workdir"], config, tensorboard=False) as directory,
-        Checkpointer(
-            directory.checkpoints_path, keep=2, best_metric="error", best_mode="min", run=directory.identity
-        ) as saver,
+        directory.checkpointer(keep=2, best_metric="error", best_mode="min") as saver,
         StopRequest() as stop,
     ):
         marks.set(0, STAGES.index("restoring"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import flax.core
@@ -407,6 +410,111 @@ def test_a_seal_of_a_later_format_is_refused_and_left_alone(two_steps, tmp_path)
     with Checkpointer(folder) as checkpointer, pytest.raises(CheckpointError, match="upgrade"):
         checkpointer.restore(small_state())
     assert sorted(os.listdir(folder)) == ["1", "2"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_at_the_moment_is_not_called_damaged(two_steps, monkeypatch, number):
+    """A file server that is away for a moment: nothing is renamed, and the newest step is there when it is back."""
+    before, opened = sorted(two_steps.rglob("*")), _seal.open_regular
+
+    def away(path):
+        if path.name == "manifest.ocdbt":
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path)
+
+    with Checkpointer(two_steps) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(_seal, "open_regular", away)
+            for step in (None, 2):
+                with pytest.raises(
+                    CheckpointError, match=r"2/\S*manifest\.ocdbt cannot be read: .* Nothing was changed"
+                ):
+                    checkpointer.restore(small_state(), step=step)
+        assert sorted(two_steps.rglob("*")) == before
+        assert checkpointer.restore(small_state()).step == 2
+
+
+def test_for_reading_only_nothing_is_changed(two_steps, tmp_path):
+    folder = tmp_path / "steps"
+    shutil.copytree(two_steps, folder)
+    _flip(folder / "2" / "_METADATA")
+    (folder / "3.unsealed").mkdir()
+    before, said = sorted(folder.rglob("*")), []
+    with Checkpointer(folder, read_only=True, log=said.append) as checkpointer:
+        assert checkpointer.restore(small_state()).step == 1
+        with pytest.raises(CheckpointError, match="for reading only"):
+            checkpointer.save(4, small_state())
+    assert sorted(folder.rglob("*")) == before
+    assert len(said) == 1
+    assert "It is not used" in said[0]
+
+
+def test_only_what_the_checkpointer_itself_has_left_is_removed(tmp_path):
+    """Whatever of the user's is named like it stays, and a link is removed, never followed."""
+    folder, outside = tmp_path / "steps", tmp_path / "outside"
+    kept = ["3.deleting.txt", "3.unsealed-notes", "4.unsealed.mine", "notes.deleting"]
+    for name in (*kept, "5.unsealed"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "thesis.tex").write_text("years of work")
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("years of work")
+    (folder / "1.unsealed").symlink_to(outside)
+    (folder / "6.deleting").symlink_to(outside)
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, small_state(1))
+    assert sorted(os.listdir(folder)) == [
+        "1",
+        "3.deleting.txt",
+        "3.unsealed-notes",
+        "4.unsealed.mine",
+        "notes.deleting",
+    ]
+    assert [path.name for path in outside.rglob("*")] == ["thesis.tex"]
+
+
+def test_another_compiler_or_device_is_told_of(two_steps, monkeypatch):
+    def said_by(**changes):
+        said = []
+        now = {**checkpoint.numerics(), **changes}
+        with monkeypatch.context() as patch, Checkpointer(two_steps, log=said.append) as checkpointer:
+            patch.setattr(checkpoint, "numerics", lambda: now)
+            assert checkpointer.restore(small_state()).step == 2
+        return said
+
+    assert said_by() == []
+    device = checkpoint.numerics()["device"]
+    (sentence,) = said_by(jaxlib="99.1", device="TPU v9", XLA_FLAGS="--new")
+    assert "jaxlib " in sentence
+    assert f"device {device} (now TPU v9), XLA_FLAGS" in sentence
+    assert "(now --new): the last digits may differ" in sentence
+
+
+def test_checkpoints_that_are_gone_are_no_new_run(tmp_path):
+    folder, mark = tmp_path / "steps", tmp_path / ".checkpointed"
+    for _ in range(2):
+        with Checkpointer(folder, mark=mark) as checkpointer:
+            assert checkpointer.restore(small_state()) is None  # killed before its first save
+    with Checkpointer(folder, mark=mark) as checkpointer:
+        checkpointer.save(1, small_state(1))
+    for remove in (folder / "1", folder):
+        shutil.rmtree(remove)
+        with (
+            Checkpointer(folder, mark=mark) as checkpointer,
+            pytest.raises(CheckpointError, match=r"holds no checkpoint, and this run has saved some: .*\.checkpointed"),
+        ):
+            checkpointer.restore(small_state())
+    mark.unlink()
+    with Checkpointer(folder, mark=mark) as checkpointer:
+        assert checkpointer.restore(small_state()) is None
+
+
+def test_a_clock_that_is_set_forward_does_not_end_a_save(tmp_path, monkeypatch):
+    days = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 + 86400.0 * next(days))
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, small_state(step))
+        assert_same(checkpointer.restore(small_state()).state, small_state(2))
 
 
 # --- another model ---

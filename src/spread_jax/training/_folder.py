@@ -85,10 +85,18 @@ def read_run(
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
+    """The path of a run's folder; refuses one that cannot be."""
     try:
-        return Path(path).expanduser().absolute()
+        folder = Path(path).expanduser().absolute()
+        os.fspath(folder).encode()
     except RuntimeError as error:  # ~ of a user without a home folder
         raise RunDirectoryError(f"{path} cannot be a run's folder: {reason(error)} Give another --workdir.") from None
+    except UnicodeEncodeError:
+        raise RunDirectoryError(
+            f"{os.fspath(path)!a} cannot be a run's folder: its name is no UTF-8, which checkpoints need. Give "
+            "another --workdir."
+        ) from None
+    return folder
 
 
 def results_of(folder: Path) -> dict[str, Any] | None:

@@ -131,7 +131,7 @@ class Checkpointer:
       log: called with a sentence when a checkpoint is found damaged; prints to stderr by default.
 
     Raises:
-      CheckpointError: ``directory`` is a file.
+      CheckpointError: ``directory`` is a file, or its name is no UTF-8.
       ValueError: ``keep`` or ``best_mode`` is not one of those above.
 
     Example:
@@ -163,6 +163,12 @@ class Checkpointer:
         self.directory = Path(directory).expanduser().absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is a file, not a folder of checkpoints; give another folder.")
+        try:
+            os.fspath(self.directory).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"{str(self.directory)!a} is no name in UTF-8, which Orbax needs; give another folder."
+            ) from None
         self._keep = keep
         self._best_metric = best_metric
         self._best_mode = best_mode
