@@ -113,7 +113,8 @@ for size in (1.0, 0.5, 0.1, 0.01):
 # ## 3. Two players
 #
 # The model descends on the divergence, the noise ascends on it. Each is a `Player` with the part of the parameters that
-# it moves, a loss that it minimises (the noise, minus the divergence) and its number of steps in a round. We compare three noises, each with the same model, start and learning rate:
+# it moves, a loss that it minimises (the noise, minus the divergence) and its number of steps in a round. We compare
+# three noises, each with the same model, start and learning rate:
 #
 # - isotropic noise, fixed;
 # - a ridge that lies across the data's line, fixed: an unlucky choice, and how should one know?
@@ -240,7 +241,8 @@ for name, noise in noises.items():
 #
 # ## 6. Try
 #
-# 1. Give the noise 20 steps for each of the model, `steps=1` for the model and `steps=20` for it. Does the model get there sooner?
+# 1. Give the noise 20 steps for each of the model, `steps=1` for the model and `steps=20` for it. Does the model get
+#    there sooner?
 # 2. Learn $a$ itself, both numbers: `line = lambda a: jnp.outer(a, a)`, starting from a length of 0.3. Plot the noise's
 #    direction. Compare the steps with those of isotropic noise, at the same learning rate, before you believe in
 #    either.

@@ -30,6 +30,9 @@ class Programs:
 
     Args:
       method: the method.
+
+    Attributes:
+      method: the method.
     """
 
     def __init__(self, method: Method):
