@@ -30,13 +30,12 @@ def check_bound(x, encode, decode, noise, key, **counts: int) -> tuple[jax.Array
     return x, check_key(key, x.shape[0])
 
 
-def check_game(x, generated, noise, key, **networks: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+def check_game(x, generated, key, **networks: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x, generated and key of an objective that compares the spread of two sets."""
     x, generated = check_samples("x", x), check_samples("generated", generated)
     check_same_event("x", x, "generated", generated)
     for name, network in networks.items():
         check_callable(name, network)
-    check_noise("noise", noise)
     return x, generated, check_key(key, x.shape[0], generated.shape[0])
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from spread_jax._random import split_key
 from spread_jax.divergences.f_divergences import FDivergence, check_divergence, jensen_shannon
 from spread_jax.noise import SpreadNoise, spread
+from spread_jax.noise._protocol import check_noise
 from spread_jax.objectives._edge import check_game, one_each
 
 __all__ = ["GanLosses", "spread_gan_losses"]
@@ -81,7 +82,8 @@ def spread_gan_losses(
       True
     """
     check_divergence("divergence", divergence)
-    x, generated, key = check_game(x, generated, noise, key, critic=critic)
+    check_noise("noise", noise)
+    x, generated, key = check_game(x, generated, key, critic=critic)
     data_key, model_key = split_key(key)
     y = jnp.concatenate([spread(x, noise, key=data_key), spread(generated, noise, key=model_key)])
     v = one_each("critic", critic(y), y)
