@@ -4,6 +4,7 @@ from spread_jax._random import example_keys
 from spread_jax.objectives.adversarial import GanLosses, spread_gan_losses
 from spread_jax.objectives.density_ratio import (
     DensityRatioLosses,
+    density_ratio_generator_loss,
     density_ratio_losses,
     non_saturating,
     spread_over_scales,
@@ -34,6 +35,7 @@ __all__ = [
     "ScoreDifferenceTerms",
     "WaeTerms",
     "denoising_loss",
+    "density_ratio_generator_loss",
     "density_ratio_losses",
     "elbo",
     "example_keys",

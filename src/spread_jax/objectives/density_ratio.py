@@ -15,7 +15,13 @@ from spread_jax.noise import GaussianNoise, ScaleLaw, SpreadNoise
 from spread_jax.noise.scales import check_law
 from spread_jax.objectives._edge import check_game, one_each
 
-__all__ = ["DensityRatioLosses", "density_ratio_losses", "non_saturating", "spread_over_scales"]
+__all__ = [
+    "DensityRatioLosses",
+    "density_ratio_generator_loss",
+    "density_ratio_losses",
+    "non_saturating",
+    "spread_over_scales",
+]
 
 
 class DensityRatioLosses(NamedTuple):
@@ -119,6 +125,56 @@ def density_ratio_losses(
         loss = loss * weight(sigma[x.shape[0] :])
     accuracy = 0.5 * ((of_data > 0).mean(dtype=y.dtype) + (of_model <= 0).mean(dtype=y.dtype))
     return DensityRatioLosses(generator=loss.mean(), critic=-bound, divergence=bound, accuracy=accuracy)
+
+
+def density_ratio_generator_loss(
+    generated: jax.Array,
+    critic: Callable[[jax.Array, jax.Array], jax.Array],
+    law: ScaleLaw,
+    noise: Callable[[jax.Array], SpreadNoise] = GaussianNoise,
+    *,
+    key: jax.Array,
+    divergence: FDivergence | Callable[[jax.Array], jax.Array] = reverse_kl,
+    weight: Callable[[jax.Array], jax.Array] | None = None,
+) -> jax.Array:
+    r"""The generator's loss of `density_ratio_losses`, which needs no data: half the critic's work in its steps.
+
+      lambda(sigma) h(v(y, sigma)),   y = g(z) + sigma epsilon.
+
+    Args:
+      generated: model samples g(z), [m, *event].
+      critic: (y [m, *event], sigma [m]) -> v, [m] or [m, 1].
+      law: w, the law of noise scales.
+      noise: sigma [m, 1, ...] -> the spread noise of these scales, one for each example.
+      key: a JAX random key, or one for each example: see `example_keys`.
+      divergence: which f the generator descends on, or a function v -> loss, as in `density_ratio_losses`.
+      weight: sigma [m] -> lambda(sigma) > 0; 1 by default.
+
+    Returns:
+      [m], a term for each sample.
+
+    Raises:
+      TypeError: samples are not floating point, the law is none, or what must be callable is not.
+      ValueError: an empty set, or a critic that does not return one number each.
+
+    Source: Chen et al., DiffRatio, 2025 (arXiv 2502.08005).
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from spread_jax import LogUniformScales
+      >>> critic = lambda y, sigma: -y.sum(axis=1) / jnp.square(sigma)
+      >>> law = LogUniformScales(0.1, 1.0)
+      >>> density_ratio_generator_loss(jnp.ones((4, 2)), critic, law, key=jax.random.key(0)).shape
+      (4,)
+    """
+    generated, _, key = check_game(generated, generated, key, critic=critic, noise=noise)
+    check_law("law", law)
+    y, sigma = spread_over_scales(generated, law, noise, key=key)
+    loss = _generator_loss(divergence)(one_each("critic", critic(y, sigma), y))
+    if weight is not None:
+        check_callable("weight", weight)
+        loss = loss * weight(sigma)
+    return loss
 
 
 def spread_over_scales(
