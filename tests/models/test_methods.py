@@ -12,9 +12,21 @@ import numpy as np
 import pytest
 
 from spread_jax import GaussianNoise, spread_importance_bound
-from spread_jax.models import METHODS, NOISES, PRESETS, DeltaVae, SettingError, SpreadGan, Vae, WaeMmd, with_preset
+from spread_jax.models import (
+    METHODS,
+    NOISES,
+    PRESETS,
+    DeltaVae,
+    DensityRatio,
+    SettingError,
+    SpreadGan,
+    Vae,
+    WaeMmd,
+    with_preset,
+)
 from spread_jax.models._saved import method_from_json, to_json
 from spread_jax.models.vae import Unspread
+from spread_jax.nn import ScaleCritic
 from spread_jax.training import Checkpointer, make_train_step
 from tests.models.conftest import IMAGE, NETWORKS, images
 
@@ -26,7 +38,8 @@ SETTINGS = {
 
 def make(objective, noise="gaussian", **changes):
     method = METHODS[objective](image_shape=IMAGE)
-    method = dataclasses.replace(method, networks={part: NETWORKS[part] for part in method.parts})
+    own = {**NETWORKS, **({"critic": ScaleCritic(width=1)} if objective == "density_ratio" else {})}
+    method = dataclasses.replace(method, networks={part: own[part] for part in method.parts})
     if hasattr(method, "noise"):
         method = dataclasses.replace(method, noise=NOISES[noise])
     return with_preset(method, {**SETTINGS, **changes})
@@ -39,8 +52,9 @@ FEW = [
     ("spread_elbo", "low_rank", {"num_spread_samples": 2, "through_encoder": True}),
     ("wae_mmd", "gaussian", {}),
     ("spread_gan", "low_rank", {"critic_steps": 2, "gan_divergence": "kl"}),
+    ("density_ratio", "gaussian", {"mirrored": True}),
 ]
-ALL = [(o, n, {}) for o in METHODS for n in NOISES if o not in ("elbo", "wae_mmd") or not NOISES[n].learned]
+ALL = [(o, n, {}) for o in METHODS for n in NOISES if getattr(METHODS[o], "learns_noise", False) or n == "gaussian"]
 PAIRS = ALL if os.environ.get("SPREAD_JAX_ALL_PAIRS") else FEW
 
 EVALUATED = {
@@ -51,6 +65,7 @@ EVALUATED = {
     },
     "wae_mmd": {"loss", "mmd", "reconstruction_mse"},
     "spread_gan": {"divergence_bound_nats"},
+    "density_ratio": {"divergence_bound_nats", "critic_accuracy"},
 }  # fmt: skip
 
 
@@ -267,6 +282,7 @@ BAD = {
     "no critic step": (SpreadGan, {"critic_steps": 0}, "critic_steps must be at least 1, got 0"),
     "a negative weight": (WaeMmd, {"mmd_weight": -1.0}, "mmd_weight must be at least 0"),
     "no share": (DeltaVae, {"noise_scale_from_data": 0.0}, "noise_scale_from_data must be positive"),
+    "no range": (DensityRatio, {"highest_noise_scale": 0.01}, "highest_noise_scale must be above lowest_noise_scale"),
     "no critic": (SpreadGan, {"critic_width": 0}, "critic_width must be at least 1"),
     "rising noise": (DeltaVae, {"final_noise_scale": 0.9}, "final_noise_scale must be positive and at most"),
     "no decay": (DeltaVae, {"noise_decay": 1.0}, "noise_decay must be between 0 and 1"),
