@@ -244,13 +244,13 @@ def test_other_noises_and_a_key_for_each_example(key, x64):
     generated, keys = generate(PARAMS, z), example_keys(key, jnp.arange(EXAMPLES))
     critic = lambda y, sigma: jnp.tanh(y).sum(axis=1) / sigma
     make = lambda sigma: LaplaceNoise(sigma / np.sqrt(2))
-    y, sigma = spread_over_scales(x, LAW, make, key=keys)
+    draws = jax.jit(lambda x, keys: spread_over_scales(x, LAW, make, key=keys))
+    y, sigma = draws(x, keys)
     assert abs(np.mean(np.abs(y - x) / np.asarray(sigma)[:, None]) - np.sqrt(0.5)) < 6 * np.sqrt(0.5 / y.size)
-    some = spread_over_scales(x[10:], LAW, make, key=keys[10:])
-    np.testing.assert_allclose(y[10:], some[0], rtol=1e-5)
-    at = lambda rows: density_ratio_losses(x[rows], generated[rows], critic, LAW, make, key=keys[rows])
-    halves = [at(slice(None, 32)), at(slice(32, None))]
-    for whole, *parts in zip(at(slice(None)), *halves, strict=True):
+    np.testing.assert_allclose(y[10:], draws(x[10:], keys[10:])[0], rtol=1e-5)
+    at = jax.jit(lambda x, generated, keys: density_ratio_losses(x, generated, critic, LAW, make, key=keys))
+    halves = [at(x[rows], generated[rows], keys[rows]) for rows in (slice(None, 32), slice(32, None))]
+    for whole, *parts in zip(at(x, generated, keys), *halves, strict=True):
         np.testing.assert_allclose(whole, np.mean(parts), rtol=1e-5)
 
 
