@@ -144,7 +144,7 @@ def test_restored_leaves_can_be_trained_on(tmp_path):
     assert step._cache_size() == 1
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices; run in a process that has them")
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices; test_parallel.py runs it")
 def test_shardings(tmp_path):
     devices = np.array(jax.devices()[:4])
     four, two = (jax.sharding.Mesh(devices[:n], ("d",)) for n in (4, 2))
@@ -171,19 +171,6 @@ def test_shardings(tmp_path):
         found = checkpointer.restore(abstract).state
         assert_same(found, values)
         assert found["k"].sharding == abstract["k"].sharding
-
-
-@pytest.mark.skipif(jax.device_count() >= 4, reason="runs in this process already")
-def test_shardings_on_four_devices():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
-    done = subprocess.run([*command, f"{__file__}::test_shardings"], capture_output=True, text=True, env=environment)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_two_processes(tmp_path):

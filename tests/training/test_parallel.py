@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -64,6 +65,7 @@ def make_loss(axis_name=None):
     return loss
 
 
+@jax.jit
 def start():
     variables = Encoder().init(jax.random.key(1), jnp.zeros((1, 16)), train=False)
     params = {"encoder": variables["params"], "decoder": 0.3 * jax.random.normal(jax.random.key(2), (2, 16))}
@@ -197,7 +199,8 @@ def test_eight_devices_equal_one(tmp_path):
 
 
 @pytest.mark.skipif(jax.device_count() >= DEVICES, reason="runs in this process already")
-def test_eight_devices_equal_one_in_a_process_that_has_them():
+def test_what_needs_devices_in_a_process_that_has_them():
+    """One process for all of it: JAX and its friends take longer to import than the tests."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -205,9 +208,10 @@ def test_eight_devices_equal_one_in_a_process_that_has_them():
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
-    target = f"{__file__}::test_eight_devices_equal_one"
-    done = subprocess.run([*command, target], capture_output=True, text=True, env=environment)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
+    checkpoints = Path(__file__).with_name("test_checkpoint.py")
+    targets = [f"{__file__}::test_eight_devices_equal_one", f"{checkpoints}::test_shardings"]
+    done = subprocess.run([*command, *targets], capture_output=True, text=True, env=environment)
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_a_mesh_of_what_is_not_there_is_refused():
@@ -226,9 +230,9 @@ def test_a_mesh_of_what_is_not_there_is_refused():
 
 def test_modules_take_batch_statistics_over_a_named_axis():
     """Two halves of a batch, mapped with a name, see what the whole batch sees."""
-    y = jnp.asarray(np.random.default_rng(0).normal(size=(4, 28, 28, 1)), jnp.float32)
+    y = np.random.default_rng(0).normal(size=(4, 28, 28, 1)).astype(np.float32)
     whole, halves = DenseEncoder(2, width=1), DenseEncoder(2, width=1, axis_name="data")
-    variables = whole.init(jax.random.key(0), y, train=False)
+    variables = jax.jit(functools.partial(whole.init, train=False))(jax.random.key(0), y)
     apply = lambda module, y: module.apply(variables, y, train=True, mutable=["batch_stats"])
     (mean, _), stats = jax.jit(functools.partial(apply, whole))(y)
     mapped = jax.vmap(functools.partial(apply, halves), axis_name="data")
@@ -248,6 +252,7 @@ def dense_loss(params, variables, batch, *, key, step):
     return -terms.elbo.mean(), LossOutput({"calls": variables["calls"] + 1}, metrics)
 
 
+@jax.jit
 def dense_start():
     first, second = (0.3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(16, 2), (2, 16)]))
     params, variables = {"encode": first, "decode": second}, {"calls": jnp.zeros(())}

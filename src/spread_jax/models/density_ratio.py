@@ -135,7 +135,7 @@ class DensityRatio(Method):
             key=noise_key,
             divergence=_DESCENTS[self.generator_loss],
         ).mean()
-        return loss, LossOutput(parts_of(("generator",), (new,)), {"generator_loss": loss})
+        return loss, LossOutput(parts_of(("generator",), (new,)), {})
 
     def _losses(self, params, variables, x, key, *, train):
         latent_key, noise_key = jax.random.split(key)
