@@ -466,6 +466,23 @@ def test_a_gap_in_the_metrics_is_told_of(tmp_path, steps, restored, told):
     assert told is None or told in said[0]
 
 
+def test_the_last_step_is_read_without_the_rest(tmp_path):
+    with open_run(tmp_path) as run:
+        assert read_run(tmp_path).last_step is None
+        for step in (1, 2):
+            run.log_metrics(step, {f"metric_{n}": 1 / 3 for n in range(2000)})  # a line, not the file, fits the tail
+    assert read_run(tmp_path).last_step == 2
+    path = tmp_path / "metrics.jsonl"
+    for text, step in (
+        ('{"step": 7}\n{"st', 7),
+        ('{"st', None),
+        ('{"step": [1]}\n', None),
+        ("[" * 50_000 + "\n", None),
+    ):
+        path.write_text(text)
+        assert read_run(tmp_path).last_step == step
+
+
 def test_truncating_records_out_of_order_keeps_the_earlier_steps(tmp_path):
     with open_run(tmp_path) as run:
         for step in (1, 5, 2, 6):

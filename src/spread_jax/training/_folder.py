@@ -35,6 +35,16 @@ class SavedRun(NamedTuple):
     results: dict[str, Any] | None
     identity: str
 
+    @property
+    def last_step(self) -> int | None:
+        """The step of the last whole record of its metrics, or None where there is none that can be read."""
+        try:
+            with open_regular(self.path / "metrics.jsonl") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 2**20))
+                return int(json.loads(file.read().split(b"\n")[-2])["step"])
+        except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+
     def checkpointer(self, **options: Any) -> Checkpointer:
         """Reads the checkpoints of this run and of no other, and changes nothing in its folder.
 
