@@ -30,6 +30,7 @@ import numpy as np
 from spread_jax._checks import check_batch, check_count, check_positive, check_samples
 from spread_jax._pytree import frozen_pytree
 from spread_jax.linear import _closed_form, _gibbs
+from spread_jax.linear._order import stable_order
 from spread_jax.linear._sampling import (
     PosteriorMoments,
     importance_moments,
@@ -68,7 +69,10 @@ class IcaResult:
     """An estimate x = mean + A z.
 
     Args:
-      mixing: [X, Z], A, in units of x; sources have unit variance under the model.
+      mixing: [X, Z], A, in units of x; sources have unit variance under the model. The column that explains most
+        variance, |a_j|^2, comes first; those whose variances follow each other within a twentieth are in the order of
+        their cosine with a fixed direction, which rounding does not change. In each column the first entry within a
+        twentieth of the largest is positive.
       unmixing: [Z, X], the pseudo-inverse of A: z = (x - mean) @ unmixing.T.
       mean: [X].
       noise_scale: the spread noise used: [] in units of x, or [Z] in units of a source for closed_form.
@@ -530,11 +534,13 @@ def _fit(x, source, noise_scale, observation_scale, key, *, method, num_sources,
 
 
 def _result(found, mean, tolerance):
+    order, signs = stable_order(found["mixing"])
+    scale = found["noise_scale"]
     return IcaResult(
-        mixing=found["mixing"],
-        unmixing=found["unmixing"],
+        mixing=(found["mixing"] * signs)[:, order],
+        unmixing=(found["unmixing"] * signs[:, None])[order],
         mean=mean,
-        noise_scale=found["noise_scale"],
+        noise_scale=scale[order] if scale.ndim else scale,
         num_iterations=found["num_iterations"],
         converged=found["residual"] <= tolerance,
         residual=found["residual"],
