@@ -24,10 +24,8 @@ _REACH = 10.0
 _POINTS = 2049
 _STEP = 2 * _REACH / (_POINTS - 1)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
-# What a squared length of a function, in units of its own, is certain to, and how many squared standard errors a
-# coefficient must exceed to count.
+# What a squared length of a function, in units of its own, is certain to.
 _RIDGE = 1e-5
-_SIGNIFICANT = 4.0
 
 
 class AnyLaw:
@@ -82,7 +80,7 @@ class NamedLaw:
     """
 
     table: jax.Array | np.ndarray
-    size, kept = 7, 2
+    size, kept = 2, 2
 
     def functions(self, u):
         """(f, f') at u [Z, n]: each [2, Z, n]."""
@@ -99,8 +97,8 @@ def project(law, w, v_blocks, count):
     """The best combination of a law's functions for each source, from u = W v.
 
     The first `law.kept` functions get the coefficients that data of this size ask for. In the rest of the span, the
-    directions with the best-known coefficients are taken one by one; each is shrunk by 1 - 4 / t^2, to zero if its
-    coefficient is less than two standard errors away from it.
+    coefficient of each direction, t standard errors from zero, is shrunk by 1 - 2 log(K Z) / t^2, to zero if that is
+    negative: so large are the largest t among K Z coefficients that are zero.
 
     Args:
       w: [Z, Z].
@@ -148,7 +146,8 @@ def project(law, w, v_blocks, count):
         t = t @ axes
         along = (xp.swapaxes(t, 1, 2) @ d[:, :, None])[:, :, 0]
         error = xp.maximum(values, 0) / count
-        share = xp.maximum(0, 1 - _SIGNIFICANT * error / xp.maximum(along * along, 1e-30))
+        threshold = 2 * math.log((size - kept) * len(w))
+        share = xp.maximum(0, 1 - threshold * error / xp.maximum(along * along, 1e-30))
         coefficients = (t @ (share * along)[:, :, None])[:, :, 0]
         coefficients = coefficients + xp.concatenate([first[:, :, 0], xp.zeros_like(d[:, kept:])], axis=1)
     coefficients = coefficients / lengths

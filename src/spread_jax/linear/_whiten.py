@@ -35,6 +35,22 @@ class Axes(NamedTuple):
         """How many dimensions the data have; for concrete arrays."""
         return int((self.deviations > 0).sum())
 
+    def redundant(self) -> tuple[list[int], list[int]]:
+        """Columns that do not vary, and columns that depend linearly on others before them; for concrete arrays."""
+        rows = np.asarray(self.axes * self.deviations)
+        basis, constant, dependent = np.zeros((0, rows.shape[1])), [], []
+        for index, row in enumerate(rows):
+            length = np.linalg.norm(row)
+            rest = row - basis.T @ (basis @ row)
+            rest = rest - basis.T @ (basis @ rest)
+            if length < 0.5:
+                constant.append(index)
+            elif len(basis) == self.rank or np.linalg.norm(rest) < 1e-6:
+                dependent.append(index)
+            else:
+                basis = np.vstack([basis, rest / np.linalg.norm(rest)])
+        return constant, dependent
+
 
 def principal_axes(x, variance=None) -> Axes:
     """The axes of x [N, X], NumPy (in double precision, in chunks) or JAX; `variance` is that of observation noise.
@@ -49,8 +65,9 @@ def principal_axes(x, variance=None) -> Axes:
     if xp is np and count >= size:
         mean, covariance = host_moments(x, _CHUNK)
     else:
-        mean = x.mean(axis=0, dtype=np.float64 if xp is np else None)
-        centred = x - mean
+        centred = (x.astype(np.float64) if xp is np else x) - x[0]
+        mean = centred.mean(axis=0)
+        centred, mean = centred - mean, x[0] + mean
         # Relative to its largest value no column's square under- or overflows.
         largest = xp.maximum(xp.abs(centred).max(axis=0), xp.finfo(x.dtype).tiny)
         centred = centred / largest

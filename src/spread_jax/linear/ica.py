@@ -34,7 +34,7 @@ from spread_jax.linear._host import library
 from spread_jax.linear._order import stable_order
 from spread_jax.linear._sampling import PosteriorMoments, importance_moments, pseudo_inverse
 from spread_jax.linear._whiten import principal_axes, whiten
-from spread_jax.linear.sources import LaplaceSource, Source, as_source
+from spread_jax.linear.sources import NAMED, LaplaceSource, Source, as_source
 
 __all__ = [
     "IcaResult",
@@ -392,8 +392,9 @@ def fit(
     _check_not_negative("observation_scale", observation_scale)
     if tolerance is not None:
         check_positive("tolerance", tolerance)
-    known_law = source != "auto" if isinstance(source, str) else True
-    source = as_source(source) if known_law else LaplaceSource()
+    source = source_of(source)
+    known_law = source is not None
+    source = source if known_law else LaplaceSource()
     observed = not (isinstance(observation_scale, (int, float)) and observation_scale == 0)
     if method == "gibbs":
         _check_scale_mixture(source)
@@ -420,6 +421,13 @@ def fit(
     if is_concrete(deviations):
         _check_rank(int((deviations > 0).sum()), directions)
     return result
+
+
+def source_of(source: str | Source | Callable[[jax.Array], jax.Array]) -> Source | None:
+    """The law that `fit` takes for its `source`; None for "auto"."""
+    if isinstance(source, str) and source not in ("auto", *NAMED):
+        raise ValueError(f"source must be one of {', '.join(map(repr, ('auto', *NAMED)))}, got {source!r}.")
+    return None if isinstance(source, str) and source == "auto" else as_source(source)
 
 
 def _check_not_negative(name, value):
