@@ -23,9 +23,9 @@ _FIRST_STEPS = 50
 # Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
 # go on to follow the sources can go round in circles with them.
 _SETTLED, _FOLLOW = 0.5, 8
-# Two sources whose share in each other is uncertain by more than this variance cannot be told apart: u and v turned by
-# any angle explain the data as well.
-_UNTOLD = 0.1
+# Two sources whose share in each other is uncertain by more than this variance cannot be told apart: turned by any
+# angle they explain the data as well. Of Gaussian sources, chance seldom makes it smaller.
+_UNTOLD = 0.01
 
 
 def polar(w):
@@ -252,7 +252,7 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
             return _scores.AnyLaw(num_sources, count), xp.sqrt(own), None
         scale = default_scale(count) if noise_scale is None else noise_scale
         s = xp.sqrt(xp.maximum(xp.square(xp.broadcast_to(xp.asarray(scale, v.dtype), own.shape)), own))
-        d = xp.sqrt(xp.square(s) - own)
+        d = xp.sqrt(xp.maximum(xp.square(s) - own, 0))
         rows = slice(None) if observed else slice(1)
         table = _scores.score_table(source, s[rows], d[rows], jnp.result_type(float) if xp is np else v.dtype)
         return _scores.NamedLaw(np.asarray(table, v.dtype) if xp is np else table), s, d

@@ -97,8 +97,9 @@ def project(law, w, v_blocks, count):
     """The best combination of a law's functions for each source, from u = W v.
 
     The first `law.kept` functions get the coefficients that data of this size ask for. In the rest of the span, the
-    coefficient of each direction, t standard errors from zero, is shrunk by 1 - 2 log(K Z) / t^2, to zero if that is
-    negative: so large are the largest t among K Z coefficients that are zero.
+    coefficient of each direction, t standard errors from zero, is shrunk by 1 - 2 log(Z q) / t^2, to zero if that is
+    negative, with q the mean square of f' - f u over that of f: so large t gets by chance where Z sources are turned
+    and f oscillates q^1/2 times.
 
     Args:
       w: [Z, Z].
@@ -146,7 +147,7 @@ def project(law, w, v_blocks, count):
         t = t @ axes
         along = (xp.swapaxes(t, 1, 2) @ d[:, :, None])[:, :, 0]
         error = xp.maximum(values, 0) / count
-        threshold = 2 * math.log((size - kept) * len(w))
+        threshold = 2 * xp.log(xp.maximum(len(w) * values, 2))
         share = xp.maximum(0, 1 - threshold * error / xp.maximum(along * along, 1e-30))
         coefficients = (t @ (share * along)[:, :, None])[:, :, 0]
         coefficients = coefficients + xp.concatenate([first[:, :, 0], xp.zeros_like(d[:, kept:])], axis=1)
