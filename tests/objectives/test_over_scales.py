@@ -224,6 +224,21 @@ def test_every_critic_learns_the_log_ratio(divergence, x64):
     assert np.linalg.eigvalsh(curvature).min() > 0
 
 
+@pytest.mark.parametrize("divergence", [reverse_kl, jensen_shannon, squared_hellinger, non_saturating])
+def test_a_critic_that_is_far_off_leaves_everything_finite(divergence):
+    """Log-ratios of 40, where e^v has lost all digits beside 1: the loss and its gradient keep theirs."""
+    x = jnp.ones((4, 1))
+
+    def loss(v):
+        critic = lambda y, sigma: jnp.where(jnp.arange(8) < 4, v, -v)
+        return density_ratio_losses(x, x, critic, LAW, key=jax.random.key(0), divergence=divergence)
+
+    losses, slopes = jax.jit(lambda v: jax.jvp(loss, (v,), (jnp.ones_like(v),)))(jnp.float32(40.0))
+    assert all(np.isfinite(part) for part in (*losses, *slopes))
+    np.testing.assert_allclose(losses.divergence, np.log(2), rtol=1e-6)
+    np.testing.assert_allclose(losses.accuracy, 1.0)
+
+
 def test_the_critics_terms_are_those_of_logistic_regression(key, x64):
     x, z, key = draw(key)
     generated = generate(PARAMS, z)
@@ -305,7 +320,7 @@ still = lambda y, sigma: y
         (
             lambda: density_ratio_losses(X, X, flat, LAW, critic_divergence=total_variation, **OPTIONS),
             ValueError,
-            "critic_divergence must have a curved f .* that of total_variation is straight",
+            "critic_divergence must have a curved f, .* that of total_variation is straight",
         ),
         (
             lambda: density_ratio_losses(X, X, flat, LAW, divergence="kl", **OPTIONS),

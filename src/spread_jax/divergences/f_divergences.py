@@ -44,6 +44,8 @@ class FDivergence:
       from_mixture: 2 f(e^t) / (1 + e^t).
       activation: v -> T, from any real number onto the values a critic may take: the domain of the conjugate.
       conjugate_of_activation: v -> f*(activation(v)), in one stable expression.
+      tight: t -> the v at which the bound below is tight where the log-ratio is t, so that activation(tight(t)) =
+        f'(e^t); None where f is straight on either side of 1, and tells no more than the sign of t.
       conjugate: s -> f*(s) = sup_u (s u - f(u)); None where it was not given.
       upper_bound: the largest value D_f takes.
 
@@ -63,6 +65,7 @@ class FDivergence:
     from_mixture: ArrayFunction
     activation: ArrayFunction
     conjugate_of_activation: ArrayFunction
+    tight: ArrayFunction | None = None
     conjugate: ArrayFunction | None = None
     upper_bound: float = math.inf
 
@@ -173,7 +176,8 @@ def f_divergence(
         u = jnp.exp(jnp.asarray(v))
         return u * activation(v) - f(u)
 
-    return FDivergence(name, from_q, from_p, from_mixture, activation, conjugate_of_activation, conjugate, upper_bound)
+    of_critic = activation, conjugate_of_activation, lambda t: t
+    return FDivergence(name, from_q, from_p, from_mixture, *of_critic, conjugate, upper_bound)
 
 
 def _continued(function, t):
@@ -257,6 +261,7 @@ kl = FDivergence(
     from_mixture=_skewed_information,
     activation=lambda v: v,
     conjugate_of_activation=lambda v: jnp.exp(v - 1),
+    tight=lambda t: t + 1,
     conjugate=lambda s: jnp.exp(s - 1),
 )
 """KL(p||q) = E_p log(p/q), in nats: f(u) = u log u."""
@@ -268,6 +273,7 @@ reverse_kl = FDivergence(
     from_mixture=lambda t: _skewed_information(-t),
     activation=lambda v: -jnp.exp(-v),
     conjugate_of_activation=lambda v: v - 1,
+    tight=lambda t: t,
     conjugate=lambda s: jnp.where(s < 0, -1 - jnp.log(jnp.where(s < 0, -s, 1)), jnp.inf),
 )
 """KL(q||p), in nats: f(u) = -log u."""
@@ -279,6 +285,7 @@ jensen_shannon = FDivergence(
     from_mixture=_jensen_shannon_mixture,
     activation=lambda v: 0.5 * (math.log(2.0) - jax.nn.softplus(-v)),
     conjugate_of_activation=lambda v: 0.5 * (jax.nn.softplus(v) - math.log(2.0)),
+    tight=lambda t: t,
     conjugate=lambda s: _below(s, 0.5 * math.log(2.0), lambda s: -0.5 * jnp.log(2 - jnp.exp(2 * s))),
     upper_bound=math.log(2.0),
 )
@@ -291,6 +298,7 @@ squared_hellinger = FDivergence(
     from_mixture=_hellinger_mixture,
     activation=lambda v: -0.5 * jnp.expm1(-v),
     conjugate_of_activation=lambda v: 0.5 * jnp.expm1(v),
+    tight=lambda t: 0.5 * t,
     conjugate=lambda s: _below(s, 0.5, lambda s: s / (1 - 2 * s)),
     upper_bound=1.0,
 )
@@ -315,6 +323,7 @@ chi_squared = FDivergence(
     from_mixture=_chi_squared_mixture,
     activation=lambda v: v,
     conjugate_of_activation=_chi_squared_conjugate,
+    tight=lambda t: 2 * jnp.expm1(t),
     conjugate=_chi_squared_conjugate,
 )
 """Pearson's E_q (p/q - 1)^2: f(u) = (u - 1)^2."""

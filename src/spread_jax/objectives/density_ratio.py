@@ -83,8 +83,8 @@ def density_ratio_losses(
       noise: sigma [k, 1, ...] -> the spread noise of these scales, one for each example.
       key: a JAX random key, or one for each example if there are as many generated: see `example_keys`.
       divergence: which f the generator descends on, or a function v -> loss such as `non_saturating`, elementwise.
-      critic_divergence: which f the critic's bound is of. Its f must be curved: total variation's critic learns
-        the sign of the log-ratio alone.
+      critic_divergence: which f the critic's bound is of. Both f must be curved: total variation's critic learns the
+        sign of the log-ratio alone.
       weight: sigma [k] -> lambda(sigma) > 0, of a scale in the generator's loss; 1 by default. The critic's best v is
         the same under any.
 
@@ -94,7 +94,7 @@ def density_ratio_losses(
     Raises:
       TypeError: arrays are not floating point, a divergence, law or noise is none, or what must be callable is not.
       ValueError: empty sets, events of different shapes, a critic that does not return one number each, or a
-        `critic_divergence` whose f is not curved.
+        divergence whose f is not curved.
 
     Source: Chen, Zhang, He, Ou, Hernandez-Lobato, Schoelkopf and Barber, DiffRatio, 2025 (arXiv 2502.08005).
 
@@ -110,15 +110,15 @@ def density_ratio_losses(
     x, generated, key = check_game(x, generated, key, critic=critic, noise=noise)
     check_law("law", law)
     of_generator = _generator_loss(divergence)
-    check_divergence("critic_divergence", critic_divergence)
-    _check_curved(critic_divergence)
+    tight = _tight("critic_divergence", critic_divergence)
     data_key, model_key = split_key(key)
     sides = spread_over_scales(x, law, noise, key=data_key), spread_over_scales(generated, law, noise, key=model_key)
     y, sigma = (jnp.concatenate(parts) for parts in zip(*sides, strict=True))
     v = one_each("critic", critic(y, sigma), y)
     of_data, of_model = v[: x.shape[0]], v[x.shape[0] :]
 
-    bound = _slope(critic_divergence, of_data).mean() - _conjugate_of_slope(critic_divergence, of_model).mean()
+    gained = critic_divergence.activation(tight(of_data)).mean()
+    bound = gained - critic_divergence.conjugate_of_activation(tight(of_model)).mean()
     loss = of_generator(of_model)
     if weight is not None:
         check_callable("weight", weight)
@@ -215,28 +215,18 @@ def spread_over_scales(
 def _generator_loss(divergence):
     """h(v) of a divergence, or the function that was given in its place."""
     if isinstance(divergence, FDivergence):
-        return lambda v: -_conjugate_of_slope(divergence, v)
+        tight = _tight("divergence", divergence)
+        return lambda v: -divergence.conjugate_of_activation(tight(v))
     check_callable("divergence", divergence)
     return divergence
 
 
-def _slope(divergence, v):
-    """f'(e^v), from the derivative of e^-v f(e^v)."""
-    value, slope = jax.jvp(divergence.from_p, (v,), (jnp.ones_like(v),))
-    return value + slope
-
-
-def _conjugate_of_slope(divergence, v):
-    """f*(f'(e^v)) = e^v f'(e^v) - f(e^v), from the derivative of f(e^v)."""
-    value, slope = jax.jvp(divergence.from_q, (v,), (jnp.ones_like(v),))
-    return slope - value
-
-
-def _check_curved(divergence):
-    with jax.ensure_compile_time_eval():
-        curvature = float(jax.grad(lambda v: _slope(divergence, v))(jnp.float32(0.5)))
-    if not curvature > 0:
+def _tight(name, divergence):
+    """The critic of a divergence from the log-ratio."""
+    check_divergence(name, divergence)
+    if divergence.tight is None:
         raise ValueError(
-            f"critic_divergence must have a curved f for its critic to learn a log-ratio, and that of "
-            f"{divergence.name} is straight at e^0.5; use another, such as jensen_shannon."
+            f"{name} must have a curved f, for the log-ratio to decide, and that of {divergence.name} is straight; use "
+            "another, such as jensen_shannon."
         )
+    return divergence.tight
