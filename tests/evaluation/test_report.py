@@ -140,9 +140,15 @@ def test_everything_is_there_and_nothing_comes_from_outside(run):
 
 
 def test_what_is_shown_is_escaped(run):
+    figures = {
+        name: {"caption": NASTY, "section": f'{NASTY}"><script>', "grid": "yes"} for name in ("noise.png", NASTY)
+    }
+    (run / "figures.json").write_text(json.dumps(figures))
     page = Page(write_report(run, title=NASTY))
     assert len(page.all("script")) == 1
     assert NASTY in page.text
+    assert {a["href"].removeprefix("#") for a in page.all("a")} == set(page.sections)
+    assert all(re.fullmatch(r"[a-z0-9-]+", name) for name in page.sections)
 
 
 def test_figures_of_a_run_folder_are_shown_as_it_was_told(tmp_path):
