@@ -53,3 +53,8 @@ def test_a_bar_and_lines_survive_the_end_of_the_terminal(monkeypatch, terminal):
     tell("nobody hears this")
     with Progress("step") as progress:
         progress.update(2, 2)
+
+
+def test_a_name_of_a_strangers_does_not_change_the_terminal(capsys):
+    tell("leaf 'w\x1b[2J\x1b]0;owned\x07\r' differs:\n\tüber \udcff")
+    assert capsys.readouterr().err == "leaf 'w?[2J?]0;owned??' differs:\n\tüber ?\n"

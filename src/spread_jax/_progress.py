@@ -20,7 +20,12 @@ def tell(sentence: str) -> None:
     """
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
-            print(sentence, file=sys.stderr, flush=True)
+            print(_harmless(sentence), file=sys.stderr, flush=True)
+
+
+def _harmless(text: str) -> str:
+    """Names in it may be a stranger's: no sequence of theirs moves the cursor or changes the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 
 class Progress:
@@ -110,6 +115,6 @@ class Progress:
             return
         if self._bar is not None:
             with contextlib.suppress(OSError, ValueError):
-                self._bar.console.print(sentence, highlight=False, markup=False)
+                self._bar.console.print(_harmless(sentence), highlight=False, markup=False)
         else:
             tell(sentence)

@@ -23,7 +23,8 @@ from experiments import _generator, _launch, runs, sample
 from spread_jax.data import DatasetError, celeb_a, celeb_a_builder, idx
 from spread_jax.data.files import list_zip
 from spread_jax.data.images import Transform, decode_image, quiet_pillow
-from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, _seal
+from spread_jax.evaluation import write_report
+from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, _seal, read_run
 
 CHAOS = bool(os.environ.get("SPREAD_JAX_CHAOS"))
 
@@ -175,6 +176,8 @@ NESTED = '{"a":' * 400 + "1" + "}" * 400
 
 def test_run_folders(tmp_path, tally):
     """config.json, results.json and metrics.jsonl of any content."""
+    told = st.dictionaries(st.sampled_from(["caption", "section", "grid", "real_images"]), json_values)
+    figures = st.dictionaries(st.sampled_from(["a.png", "b.png", "\x1b"]), st.one_of(told, json_values))
     known = st.fixed_dictionaries({}, optional=dict.fromkeys(("seed", "steps", "preset", "evaluation"), json_values))
     texts = st.one_of(
         known.map(json.dumps), json_values.map(json.dumps), st.text(max_size=20), st.sampled_from([DEEP, NESTED])
@@ -188,18 +191,28 @@ def test_run_folders(tmp_path, tally):
         for use in (reopen, lambda: RunDirectory.open(folder, {"seed": 0}, tensorboard=False)):
             with contextlib.suppress(RunDirectoryError), use() as run:
                 assert run.results is None or isinstance(run.results, dict)
-                with contextlib.suppress(_launch.UsageError):
-                    assert _launch.finished_steps(run) is not None
+                with contextlib.suppress(RunDirectoryError):
+                    assert type(run.finished_steps) is int
                 run.truncate_metrics(3)
                 run.log_metrics(4, {"loss": 0.5})
                 assert run.read_metrics()[-1]["step"] == 4
+        with contextlib.suppress(RunDirectoryError):
+            assert type(read_run(folder).last_step) in (int, type(None))
+        write_report(folder)
         (row,) = runs.find(tmp_path)
         assert all(cell.isprintable() for cell in row)
 
     @fuzz(80)
-    @given(texts, texts, st.one_of(st.lists(lines, max_size=3).map("\n".join), st.just(DEEP + "\n")))
-    def use(config, results, metrics):
-        for name, text in (("config.json", config), ("results.json", results), ("metrics.jsonl", metrics)):
+    @given(
+        texts,
+        texts,
+        st.one_of(st.lists(lines, max_size=3).map("\n".join), st.just(DEEP + "\n")),
+        st.one_of(figures.map(json.dumps), texts),
+        st.text(max_size=30),
+    )
+    def use(config, results, metrics, figures, table):
+        names = ("config.json", "results.json", "metrics.jsonl", "figures.json", "table.md", "a.png")
+        for name, text in zip(names, (config, results, metrics, figures, table, table), strict=True):
             (folder / name).write_text(text, encoding="utf-8", errors="surrogatepass")
         tally("fuzzed run folder", check)
 

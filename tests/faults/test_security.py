@@ -190,7 +190,12 @@ def test_a_step_has_no_links_and_no_pipes(steps, tmp_path):
     def pipe(step):  # would be waited for
         os.mkfifo(step / "pipe")
 
-    for number, plant in enumerate((link_to_folder, link_for_a_file, link_for_the_seal, pipe)):
+    def link_for_the_step(step):
+        shutil.move(step, tmp_path / "elsewhere" / step.name)
+        step.symlink_to(tmp_path / "elsewhere" / step.name)
+
+    (tmp_path / "elsewhere").mkdir()
+    for number, plant in enumerate((link_to_folder, link_for_a_file, link_for_the_seal, pipe, link_for_the_step)):
         folder = tmp_path / str(number)
         shutil.copytree(steps, folder)
         plant(folder / "2")
@@ -199,6 +204,7 @@ def test_a_step_has_no_links_and_no_pipes(steps, tmp_path):
             assert checkpointer.restore(state_at(0)).step == 1, plant
         assert len(said) == 1
         assert "2.unsound" in said[0]
+    assert _seal.verify(tmp_path / "elsewhere" / "2").step == 2  # the link was renamed, and nothing else
 
 
 def test_a_step_that_is_not_what_its_seal_says_is_refused(steps, tmp_path):

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from spread_jax.training import _seal, checkpoint
+from spread_jax.training import RunDirectory, _seal
 
 
 def one_of_two(process: str, port: str, directory: str) -> None:
@@ -23,8 +23,14 @@ def one_of_two(process: str, port: str, directory: str) -> None:
     def make(scale):
         return {"x": jax.make_array_from_callback((8,), sharding, lambda index: scale * values[index])}
 
-    messages = []
-    with checkpoint.Checkpointer(directory, keep=2, log=messages.append) as checkpointer:
+    messages, gaps = [], []
+    with (
+        RunDirectory.open(directory, {"seed": 0}, tensorboard=False, log=gaps.append) as run,
+        run.checkpointer(keep=2, log=messages.append) as checkpointer,
+    ):
+        assert (run.path == run.checkpoints_path.parent) == (process == "0")
+        run.truncate_metrics(5)
+        assert len(gaps) == (process == "0")  # who speaks for both
         assert checkpointer.restore(make(0.0)) is None
         for step in (1, 2, 3):
             checkpointer.save(step, make(float(step)), metrics={"m": step})
@@ -32,7 +38,7 @@ def one_of_two(process: str, port: str, directory: str) -> None:
         assert checkpointer.latest_step == 3
         multihost_utils.sync_global_devices("both have seen step 3")
         if process == "0":
-            seal = os.path.join(directory, "3", _seal.SEAL)
+            seal = run.checkpoints_path / "3" / _seal.SEAL
             os.remove(seal)
         found = checkpointer.restore(make(0.0))
         assert found.step == 2, found
@@ -40,6 +46,8 @@ def one_of_two(process: str, port: str, directory: str) -> None:
             np.testing.assert_array_equal(shard.data, 2.0 * values[shard.index])
         assert len(messages) == (process == "0")
         checkpointer.save(3, make(3.0))
+        run.log_metrics(3, {"m": float(process)})
+        run.write_results({"process": process})
     print("done", flush=True)
 
 

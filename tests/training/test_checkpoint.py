@@ -23,7 +23,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spread_jax.training import _seal, checkpoint
+from spread_jax.training import _seal, checkpoint, read_run
 from spread_jax.training.checkpoint import Checkpointer, CheckpointError
 
 CHILD = Path(__file__).with_name("checkpoint_child.py")
@@ -187,7 +187,10 @@ def test_two_processes(tmp_path):
         for child in pair:
             child.kill()
             child.communicate()
-    with Checkpointer(tmp_path) as checkpointer:
+    run = read_run(tmp_path)
+    assert (run.results, run.last_step) == ({"process": "0"}, 3)
+    assert (tmp_path / ".checkpointed").exists()
+    with run.checkpointer() as checkpointer:
         found = checkpointer.restore({"x": jnp.zeros(8)})  # one process reads what two wrote
     assert found.step == 3
     np.testing.assert_array_equal(found.state["x"], 3 * np.arange(8.0))

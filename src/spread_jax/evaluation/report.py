@@ -46,8 +46,8 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
         *.png, with what `RunDirectory.save_figure_path` was told of them. Of a picture name.png those at other steps,
         name/step_*.png, are shown too.
       title: the heading; experiment, preset and seed if not given.
-      real_images: show pictures that hold images of the data set. False leaves them out, for data that must not be
-        passed on; the numbers stay.
+      real_images: show pictures that hold images of the data set. False leaves them out, and those of which the run
+        was not told, for data that must not be passed on; the numbers stay.
 
     Returns:
       The path of report.html.
@@ -119,8 +119,9 @@ def _pictures(folder: Path, real_images: bool, problems: list[str]) -> dict[str,
     for path in sorted(folder.glob("*.png")):
         figure = figures.get(path.name, _Figure(_words(path.stem)))
         shown = found[figure.section]
-        if figure.real_images and not real_images:
-            shown.append("<p>Left out: the picture shows images of the data set.</p>")
+        if not real_images and (figure.real_images or path.name not in figures):
+            may = "shows" if figure.real_images else "may show"
+            shown.append(f"<p>Left out: the picture {_text(path.name)} {may} images of the data set.</p>")
             continue
         try:
             steps = _over_time(folder / path.stem)
@@ -279,7 +280,7 @@ def _text(value: Any) -> str:
 
 
 def _page(title: str, sections: Mapping[str, str]) -> str:
-    anchor = lambda name: name.lower().replace(" ", "-")
+    anchor = lambda name: re.sub(r"[^a-z0-9]+", "-", name.lower())  # a name may be of a stranger's figure
     links = "".join(f'<a href="#{anchor(name)}">{_text(name)}</a>' for name in sections)
     body = "".join(
         f'<section id="{anchor(name)}"><h2>{_text(name)}</h2>{content}</section>' for name, content in sections.items()

@@ -119,6 +119,8 @@ def read_seal(folder: Path) -> Seal:
       Unsound: it is missing or damaged.
       CheckpointError: it cannot be read at this moment.
     """
+    if folder.is_symlink():
+        raise Unsound(".: it is a link")
     try:
         seal = Seal.from_text(read_regular(folder / SEAL).decode(), folder)
     except FileNotFoundError as error:

@@ -138,7 +138,7 @@ class RunDirectory:
         config_now = without(config_now, local_keys)
         folder, log = absolute(path), log or tell
 
-        def open_here(folder: Path, tensorboard: bool, on_log: Callable | None) -> RunDirectory:
+        def open_here(folder: Path, tensorboard: bool, on_log: Callable | None, log: Callable) -> RunDirectory:
             held = make_and_lock(folder)
             try:
                 remove_leftovers(folder)
@@ -150,18 +150,18 @@ class RunDirectory:
                 raise
 
         if not several():
-            return open_here(folder, tensorboard, on_log)
+            return open_here(folder, tensorboard, on_log, log)
         run, problem = None, None
         if jax.process_index() == 0:
             try:
-                run = open_here(folder, tensorboard, on_log)
+                run = open_here(folder, tensorboard, on_log, log)
             except Exception as error:
                 problem = error
         if agree(problem is not None):
             raise problem or RunDirectoryError(f"process 0 could not open {path}; it says why.")
         if run is None:
             temporary = tempfile.TemporaryDirectory(prefix="spread_jax-")
-            run = open_here(Path(temporary.name), False, None)
+            run = open_here(Path(temporary.name), False, None, lambda sentence: None)  # the first one speaks
             run._temporary, run._shared = temporary, folder
             for name in ("metrics.jsonl", "results.json"):
                 with contextlib.suppress(FileNotFoundError):
@@ -326,7 +326,8 @@ class RunDirectory:
           ...     checkpointer.restore({"w": jax.numpy.zeros(2)}).step
           1
         """
-        options = {"run": self.identity, "log": self._log, "mark": self._shared / ".checkpointed", **options}
+        log = self._log if self._temporary is None else tell
+        options = {"run": self.identity, "log": log, "mark": self._shared / ".checkpointed", **options}
         return Checkpointer(self.checkpoints_path, **options)
 
     @property
