@@ -15,13 +15,14 @@ from spread_jax.linear.sources import LaplaceSource
 from tests.linear._data import direction_error, laplace_data, on_device
 
 
-def test_natural_gradient_agrees_with_the_closed_form():
-    x, truth = on_device(laplace_data(6, 4000, 6, 4))
+def test_natural_gradient_agrees_with_the_closed_form_and_keeps_the_best_of_two_starts():
+    x, truth = on_device(laplace_data(6, 2000, 5, 3))
     key = jax.random.key(0)
-    exact = ica.fit(x, 4, source="laplace", key=key)
-    sampled = ica.fit(x, 4, method="natural_gradient", key=key)
+    exact = ica.fit(np.asarray(x), 3, source="laplace", key=key)
+    sampled = ica.fit(x, 3, method="natural_gradient", num_restarts=2, key=key)
     assert bool(sampled.converged)
     assert direction_error(sampled.mixing, truth) < 1.15 * direction_error(exact.mixing, truth) + 0.002
+    assert bool(jnp.isnan(sampled.leakage).all())
 
 
 def test_a_plateau_is_not_called_converged():
@@ -37,41 +38,19 @@ def test_a_plateau_is_not_called_converged():
     assert float(settled(mixing=jnp.asarray(truth @ turn, jnp.float32))[0]) > 2
 
 
-def test_em_goes_on_from_a_plateau():
+def test_standard_em_freezes_says_so_and_spreading_frees_it_also_from_plateaus():
     x, truth = on_device(laplace_data(1, 1000, 6, 3))
     x = x + 0.1 * jax.random.normal(jax.random.key(9), x.shape)
+    options = {"num_samples": 64, "observation_scale": 0.1, "tolerance": 0.5, "max_iterations": 500}
     for seed in range(4):  # by the gradient alone, three of these stop after 50 sweeps with errors of 0.4 to 0.7
-        result = ica.fit(
-            x, 3, method="spread_em", num_samples=64, observation_scale=0.1, tolerance=0.5, key=jax.random.key(seed)
-        )
+        result = ica.fit(x, 3, method="spread_em", key=jax.random.key(seed), **options)
         assert bool(result.converged)
         assert direction_error(result.mixing, truth) < 0.2
-
-
-def test_standard_em_freezes_says_so_and_spreading_frees_it():
-    x, truth = on_device(laplace_data(7, 2000, 6, 4))
-    key = jax.random.key(1)
-    options = {"num_samples": 32, "max_iterations": 150, "key": key}
-    frozen = ica.fit(x, 4, method="em", observation_scale=0.01, **options)
-    spread = ica.fit(x, 4, method="spread_em", observation_scale=0.01, noise_scale=1.0, **options)
-    assert direction_error(spread.mixing, truth) < 0.1
-    assert direction_error(frozen.mixing, truth) > 3 * direction_error(spread.mixing, truth)
+    options |= {"observation_scale": 0.01, "max_iterations": 100}
+    frozen = ica.fit(x, 3, method="em", key=jax.random.key(1), **options)
+    assert direction_error(frozen.mixing, truth) > 3 * direction_error(result.mixing, truth)
     assert not bool(frozen.converged)
     assert float(frozen.residual) > 2
-
-
-def test_more_sources_than_dimensions():
-    x, truth = on_device(laplace_data(8, 4000, 4, 6))
-    result = ica.fit(x, 6, max_iterations=500, key=jax.random.key(0))
-    assert direction_error(result.mixing, truth) < 0.15
-    assert result.mixing.shape == (4, 6)
-
-
-def test_restarts_keep_the_best():
-    x, truth = on_device(laplace_data(9, 500, 6, 5))
-    sampled = ica.fit(x, 5, method="natural_gradient", num_restarts=2, key=jax.random.key(0))
-    assert direction_error(sampled.mixing, truth) < 0.2
-    assert bool(jnp.isnan(sampled.leakage).all())
 
 
 @pytest.mark.slow
@@ -92,7 +71,7 @@ for method in ("closed_form", "natural_gradient"):
     np.testing.assert_allclose(together.mixing, alone.mixing, atol=2e-4)
 """
     command = [sys.executable, "-c", program]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=4"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

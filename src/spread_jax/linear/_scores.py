@@ -119,9 +119,10 @@ def project(law, w, v_blocks, count):
         f, slope = law.functions(u)
         # Per example, an estimate of d is off by f' - f psi; with u for psi, which is what remains where it matters.
         off = slope - f * u
-        transposed = lambda a: a.transpose(1, 2, 0)
-        gram = lambda a: a.transpose(1, 0, 2) @ transposed(a * weights)
-        mean = lambda a: (a * weights).sum(axis=2).T
+        # One weight for all, as in NumPy, is left to the sums.
+        weigh, of_sum = (lambda a: a * weights, 1) if weights.ndim else (lambda a: a, weights)
+        gram = lambda a: a.transpose(1, 0, 2) @ weigh(a).transpose(1, 2, 0) * of_sum
+        mean = lambda a: weigh(a).sum(axis=2).T * of_sum
         return gram(f), gram(off), mean(f), mean(off), mean(slope)
 
     covariance, noise, f, off, d = mean_over(statistics, v_blocks)

@@ -41,7 +41,7 @@ _DTYPES = (np.float64, np.float32)
 # Components whose predicted share in each other reaches this are called impossible to tell apart.
 _UNTOLD = 0.3
 # Training examples that make the law of a source in `score`.
-_LAW_EXAMPLES = 20_000
+_LAW_EXAMPLES = 5000
 
 
 class _LinearModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
