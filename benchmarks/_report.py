@@ -10,6 +10,8 @@ import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spread_jax._files import write_atomically
+
 PACKAGES = ("spread-jax", "jax", "jaxlib", "flax", "optax", "numpy", "torch", "grain", "scikit-learn")
 # Load for each core above which other work disturbs the times.
 _BUSY = 0.25
@@ -123,7 +125,7 @@ def write(
         "tables": [{"title": table.title, "rows": [dict(row) for row in table.rows]} for table in tables],
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / f"{name}.json", json.dumps(results, indent=2) + "\n")
+    write_atomically(folder / f"{name}.md", text + "\n")
     if show:
         print(f"\n{text}\n", flush=True)

@@ -31,6 +31,7 @@ import tyro
 from picard import picard
 from sklearn.decomposition import FastICA
 
+from spread_jax._files import write_atomically
 from spread_jax.linear import ica, match_columns, mixing_error
 
 
@@ -256,9 +257,9 @@ def main(config: Config) -> None:
         "versions": {name: importlib.metadata.version(name) for name in packages},
     }
     config.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=2, default=float) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(results, indent=2, default=float) + "\n")
     text = as_markdown(config, results)
-    (config.out / "ica.md").write_text(text, encoding="utf-8")
+    write_atomically(config.out / "ica.md", text)
     print(f"\n{text}")
 
 

@@ -100,10 +100,7 @@ def _is_a(hint, value) -> bool:
 
 def finished_steps(run: RunDirectory) -> int:
     """Steps that the results of a run name; 0 where it is not finished."""
-    steps = (run.results or {}).get("steps", 0)
-    if type(steps) is not int:
-        raise UsageError(f"{run.path / 'results.json'} is damaged: its steps are {json.dumps(steps)[:60]}. Delete it.")
-    return steps
+    return run.finished_steps
 
 
 def require_at_least(config, minimum: float, *names: str) -> None:
@@ -141,6 +138,8 @@ def run_once(
     workdir = Path(config.workdir or f"runs/{name}/{config.preset}-{config.seed}")
     with RunDirectory.open(workdir, as_dict(config), resumable_keys=("workdir", "quiet"), tensorboard=False) as run:
         if run.finished:
+            if not (run.path / "report.html").exists():  # a crash, or a full disk, came between the two
+                write_report(run.path)
             say(f"{workdir} is finished; give another --seed or --workdir to run again.")
             print_result(run.results)
             return 0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 # What a crash can leave beside a file that was being replaced.
 LEFTOVER = re.compile(r"\.spread_jax-[0-9a-f]{16}\.part")
@@ -164,12 +165,50 @@ def _refuse_odd(path: str | os.PathLike, status: os.stat_result) -> None:
         raise OSError(errno.EINVAL, "it is neither a file nor a folder", os.fspath(path))
 
 
-def odd_entry(folder: str | os.PathLike) -> Path | None:
+_MOST_NESTED = 100
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object from a file that may come from anywhere.
+
+    Args:
+      path: the file.
+
+    Raises:
+      OSError: as `read_regular`.
+      ValueError: it holds something else, or what could not be worked with; the message says what.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp(), "config.json")
+      >>> write_atomically(path, '{"seed": 3}')
+      >>> read_json(path)
+      {'seed': 3}
+    """
+    try:
+        found = json.loads(read_regular(path, 2**26).decode())
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8 text") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError("it holds no mapping")
+    level: list[Any] = [found]
+    for _ in range(_MOST_NESTED):
+        level = [v for value in level if isinstance(value, dict | list)
+                 for v in (value.values() if isinstance(value, dict) else value)]  # fmt: skip
+        if not level:
+            return found
+    raise ValueError("it is nested too deeply")
+
+
+def odd_entry(folder: str | os.PathLike, skip: str = "") -> Path | None:
     """The first thing in a folder, or below it, that is neither a folder nor a file: a link leads out of it, a pipe
     is waited for.
 
     Args:
       folder: where to look; it may be nested to any depth.
+      skip: folders of this name are not looked into.
 
     Returns:
       Its path, or None.
@@ -191,7 +230,8 @@ def odd_entry(folder: str | os.PathLike) -> Path | None:
         with os.scandir(waiting.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
+                    if entry.name != skip:
+                        waiting.append(entry.path)
                 elif not entry.is_file(follow_symlinks=False):
                     return Path(entry.path)
     return None

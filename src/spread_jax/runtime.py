@@ -99,7 +99,10 @@ def _set_cpu_flag(folder: Path | None) -> None:
     if accepted not in (b"yes", b"no"):  # not asked yet, or a torn file
         probe = "import jax; jax.devices('cpu')"
         environment = {**os.environ, "XLA_FLAGS": f"{flags} {_CPU_FLAG}", "JAX_PLATFORMS": "cpu"}
-        found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True)
+        try:
+            found = subprocess.run([sys.executable, "-c", probe], env=environment, capture_output=True)
+        except OSError:
+            return
         accepted = b"yes" if found.returncode == 0 else b"no"
         # What failed for a want of memory, say, is asked again the next time.
         if verdict is not None and (accepted == b"yes" or b"nknown flag" in found.stderr):

@@ -1,5 +1,10 @@
 """What surrounds a program: the hook that a flag names, exit codes and sentences, streams that nobody reads."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from spread_jax.cli.launch import load_hook, prefixed, run_program
@@ -67,3 +72,61 @@ def test_an_experiment_for_one_process_runs_in_the_first_only(monkeypatch):
             run_program(lambda called=called: called.append(True))
         assert ended.value.code == 0
         assert called == [True] * (index == 0)
+
+
+STREAMS = """
+import json, os, sys
+from spread_jax.cli._launch import print_result, run_program, talker
+from spread_jax.errors import UsageError
+
+def finish():
+    talker(quiet=False)("said")
+    print_result({"a": 1})
+
+def refuse():
+    raise UsageError("sentence")
+
+def leave(code, out, err):
+    for number, name, way in ((1, "stdout", out), (2, "stderr", err)):
+        if way == "closed":  # as Python finds it at its start
+            os.close(number)
+            setattr(sys, name, None)
+        elif way == "full":
+            os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+        elif way == "nobody reads":
+            ends = os.pipe()
+            os.dup2(ends[1], number)
+            os.close(ends[0]), os.close(ends[1])
+    run_program(code)
+
+for code, ways in (
+    (finish, (("closed", ""), ("", "closed"), ("full", ""), ("", "full"), ("nobody reads", ""), ("", "nobody reads"))),
+    (refuse, (("closed", "closed"), ("nobody reads", ""), ("full", "nobody reads"), ("", "full"))),
+):
+    for out, err in ways:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        log = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        if (pid := os.fork()) == 0:
+            os.dup2(log, 1), os.dup2(log, 2)
+            leave(code, out, err)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps([code.__name__, out, err, os.waitstatus_to_exitcode(status), open(sys.argv[1]).read()]))
+"""
+
+
+def test_streams_that_are_closed_full_or_unread_change_no_exit_code(tmp_path):
+    """A finished program ends with 0, a refused one with 1, and nothing but its own words is printed."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", STREAMS, str(tmp_path / "log")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    cases = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(cases) == 10
+    for name, out, err, code, printed in cases:
+        expected = "" if err else "said\n" if name == "finish" else "\nerror: sentence\n"
+        if name == "finish" and not out:
+            expected += 'RESULT {"a": 1}\n'
+        if name == "finish" and out == "full" and not err:
+            expected += "the results could not be printed: [Errno 28] No space left on device.\n"
+        assert (code, printed) == (0 if name == "finish" else 1, expected), (name, out, err)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spread_jax.data import DatasetError, open_dataset
+from spread_jax.data import DatasetError, cache, open_dataset
 
 
 class Recorder:
@@ -79,30 +80,69 @@ def test_a_changed_source_is_decoded_again_with_one_line(photos, own_cache, pict
     assert entries(own_cache) != before
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "meta", "fingerprint", "shape", "missing"])
-def test_a_damaged_entry_is_noticed(photos, own_cache, damage):
-    first, _ = open_train(photos)
-    expected = np.array(first.images)
+@pytest.mark.parametrize(
+    "what", ["one bit", "labels", "cut", "longer", "meta", "fingerprint", "shape", "missing", "link"]
+)
+def test_a_damaged_entry_is_noticed(own_cache, what, monkeypatch, tmp_path):
+    monkeypatch.setattr(cache, "_verified", set())  # as in a new process
+    open_digits = lambda recorder: open_dataset("digits", "test", max_examples=8, progress=recorder)
+    expected = open_digits(Recorder())
+    images, labels = np.array(expected.images), np.array(expected.labels)
     entry = own_cache / entries(own_cache)[0]
-    if damage == "cut":
-        with open(entry / "images.npy", "r+b") as file:
-            file.truncate(500)
-    elif damage == "longer":
-        with open(entry / "images.npy", "ab") as file:
-            file.write(b"more")
-    elif damage == "fingerprint":
+    path = entry / "images.npy"
+    data = path.read_bytes()
+    if what == "one bit":
+        path.write_bytes(data[:900] + bytes([data[900] ^ 1]) + data[901:])
+    elif what == "labels":
+        found = (entry / "labels.npy").read_bytes()
+        (entry / "labels.npy").write_bytes(found[:-8] + bytes([found[-8] ^ 1]) + found[-7:])
+    elif what == "cut":
+        path.write_bytes(data[:500])
+    elif what == "longer":
+        path.write_bytes(data + b"more")
+    elif what == "fingerprint":
         text = (entry / "meta.json").read_text()
         (entry / "meta.json").write_text(text.replace('"fingerprint": "', '"fingerprint": "0'))
-    elif damage == "meta":
+    elif what == "meta":
         (entry / "meta.json").write_text("{")
-    elif damage == "shape":
-        data = (entry / "images.npy").read_bytes()
-        (entry / "images.npy").write_bytes(data.replace(b"8, 8, 3", b"8, 4, 6"))
+    elif what == "shape":
+        path.write_bytes(data.replace(b"28, 28, 1", b"28, 14, 2"))
+    elif what == "link":
+        path.rename(tmp_path / "elsewhere")
+        path.symlink_to(tmp_path / "elsewhere")
     else:
-        (entry / "images.npy").unlink()
-    second, recorder = open_train(photos)
+        path.unlink()
+    monkeypatch.setattr(cache, "_verified", set())
+    recorder = Recorder()
+    second = open_digits(recorder)
     assert "damaged" in recorder.messages[0]
-    assert np.array_equal(second.images, expected)
+    assert np.array_equal(second.images, images)
+    assert np.array_equal(second.labels, labels)
+    if what == "link":
+        assert (tmp_path / "elsewhere").read_bytes() == data
+
+
+def test_pixels_are_hashed_once_in_a_process(own_cache, monkeypatch):
+    monkeypatch.setattr(cache, "_verified", set())
+    hashed, digest_of = [], cache._digest_of
+    monkeypatch.setattr(cache, "_digest_of", lambda array: hashed.append(array.shape) or digest_of(array))
+    for _ in range(3):
+        open_dataset("digits", "test", max_examples=8)
+    assert hashed.count((8, 28, 28, 1)) == 1
+
+
+def test_other_pixels_of_the_same_size_and_time_are_noticed(photos, picture):
+    """As `cp -p` and archives restore them: nothing but the time of the change of the file itself tells."""
+    file = photos / "all.bmp"
+    file.write_bytes(picture(50, kind="BMP"))
+    status = file.stat()
+    (first, _), other = open_train(photos), picture(51, kind="BMP")
+    file.write_bytes(other)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    second, recorder = open_train(photos)
+    assert "has changed" in recorder.messages[0]
+    assert first.fingerprint != second.fingerprint
 
 
 OPEN = """
@@ -131,18 +171,42 @@ def test_a_killed_build_leaves_nothing_that_matters(photos, own_cache):
     assert dataset.images.any()
 
 
-def test_left_overs_of_other_dead_builds_are_removed_and_live_ones_kept(photos, own_cache):
+def test_only_what_the_cache_itself_has_left_is_removed(photos, own_cache, tmp_path):
+    """Left overs of dead builds go; those of live ones stay, and so does whatever of the user's is named like them."""
     import fcntl
 
-    own_cache.mkdir()
-    for name in ("dead.x", "alive"):
-        (own_cache / f"{name}.building").mkdir()
-        (own_cache / f"{name}.building" / "images.npy").write_bytes(b"half")
-    with open(own_cache / "alive.lock", "ab") as file:
+    stem = "x-train-0123456789"
+    kept = {
+        "mine.building": "thesis.tex",  # a folder of the user's
+        f"{stem}.{'1' * 16}.building": "thesis.tex",  # named exactly so, and with other things in it
+        f"alive-test-0123456789-first3.{'2' * 16}.building": "images.npy",
+        f"y-train-0123456789.{'3' * 16}.building": "images.npy",  # nobody holds, or held, its lock
+    }
+    gone = {f"{stem}.{'4' * 16}.building": "images.npy", f"{stem}.{'5' * 16}.building": "meta.json"}
+    for name, file in {**kept, **gone}.items():
+        (own_cache / name).mkdir(parents=True)
+        (own_cache / name / file).write_bytes(b"half")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "images.npy").write_bytes(b"of the user")
+    link = own_cache / f"{stem}.{'6' * 16}.building"
+    link.symlink_to(tmp_path / "outside")
+    (own_cache / f"{stem}.lock").touch()
+    with open(own_cache / "alive-test-0123456789-first3.lock", "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         open_train(photos)
-    left = [name for name in entries(own_cache) if name.endswith(".building")]
-    assert left == ["alive.building"]
+    assert [name for name in entries(own_cache) if name.endswith(".building")] == sorted([*kept, link.name])
+    assert (tmp_path / "outside" / "images.npy").read_bytes() == b"of the user"
+
+
+def test_a_folder_of_the_users_in_the_place_of_an_entry_is_left_alone(photos, own_cache):
+    open_train(photos)
+    entry = own_cache / entries(own_cache)[0]
+    (entry / "meta.json").unlink()
+    (entry / "thesis.tex").write_text("years of work")
+    with pytest.raises(DatasetError, match="holds other things than decoded images"):
+        open_train(photos)
+    assert (entry / "thesis.tex").read_text() == "years of work"
+    assert len(entries(own_cache)) == 1
 
 
 def test_two_processes_build_it_once(photos, own_cache, tmp_path):

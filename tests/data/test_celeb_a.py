@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import socket
 import subprocess
 import sys
@@ -56,6 +57,72 @@ def test_splits_from_the_archive_and_from_the_extracted_folder(tiny):
     text = (tiny / "list_eval_partition.txt").read_text().replace(" ", ",")
     (tiny / "list_eval_partition.txt").write_text("image_id,partition\n" + text)
     assert np.array_equal(open_dataset(tiny, "test").images, zipped["test"])
+
+
+def layouts(tiny, root):
+    """The official files as people have them: (what to lay out, what is passed)."""
+    csv = "image_id,partition\r\n" + (tiny / "list_eval_partition.txt").read_text().replace(" ", ",")
+    archive = (tiny / "img_align_celeba.zip").read_bytes()
+
+    def kaggle(folder):
+        with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
+            zipped.extractall(folder / "img_align_celeba")
+        (folder / "list_eval_partition.csv").write_text("\ufeff" + csv, encoding="utf-8")
+
+    def torchvision(folder):
+        with zipfile.ZipFile(io.BytesIO(archive)) as zipped:
+            zipped.extractall(folder / "celeba")
+        (folder / "celeba" / "list_eval_partition.txt").write_bytes((tiny / "list_eval_partition.txt").read_bytes())
+
+    def authors(folder):
+        for name, data in {
+            "Img/img_align_celeba.zip": archive,
+            "Eval/list_eval_partition.txt": (tiny / "list_eval_partition.txt").read_bytes(),
+        }.items():
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).write_bytes(data)
+
+    for layout, inside in (
+        (kaggle, ("", "img_align_celeba", "img_align_celeba/img_align_celeba")),
+        (torchvision, ("", "celeba", "celeba/img_align_celeba")),
+        (authors, ("", "Img/img_align_celeba.zip")),
+    ):
+        folder = root / layout.__name__
+        layout(folder)
+        for path in inside:
+            yield folder / path
+
+
+def test_the_files_as_people_have_them(tiny, tmp_path):
+    expected = {split: np.array(open_dataset(tiny, split).images) for split in COUNTS}
+    for path in layouts(tiny, tmp_path / "layouts"):
+        for split, images in expected.items():
+            assert np.array_equal(open_dataset(path, split).images, images), (path, split)
+
+
+def test_the_official_images_are_never_split_by_hash(tiny, tmp_path):
+    """Official test images would be trained on, at another crop."""
+    archive = tiny / "img_align_celeba.zip"
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(archive, alone)
+    shutil.copy(archive, alone / "archive.zip")
+    (alone / "img_align_celeba").mkdir()
+    other = tmp_path / "CelebA-faces"
+    with zipfile.ZipFile(archive) as zipped:
+        zipped.extractall(alone)
+        zipped.extractall(tmp_path)
+    (tmp_path / "img_align_celeba").rename(other)
+    for path in (alone / "img_align_celeba.zip", alone / "img_align_celeba", alone, alone / "archive.zip", other):
+        with pytest.raises(DatasetError, match=r"looks like CelebA.*list_eval_partition\.txt"):
+            open_dataset(path)
+    renamed = other.rename(tmp_path / "faces")
+    assert len(open_dataset(renamed, image_size=4)) == 8
+    hq = tmp_path / "celeba_hq"
+    renamed.rename(hq)
+    for path in sorted(hq.iterdir()):
+        path.rename(hq / path.name[1:])  # five digits: another set
+    assert len(open_dataset(hq, image_size=4)) > 5
 
 
 @pytest.mark.parametrize(

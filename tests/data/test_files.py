@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 import operator
 import os
+import subprocess
+import time
 import zipfile
 
 import numpy as np
 import pytest
 
 from spread_jax.data import DatasetError, files, open_dataset
-from spread_jax.data.files import assign_splits, list_folder, list_zip
+from spread_jax.data.files import assign_splits, list_folder, list_zip, split_folders
 
 
 def make_zip(path, members: dict[str, bytes], compression=zipfile.ZIP_DEFLATED):
@@ -98,6 +100,50 @@ def test_images_beside_split_folders_are_not_dropped_silently(tmp_path):
         assign_splits(["train/0.png", "test/0.png", "lone.png"], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("training", "testing"),
+        ("Train_Set", "val-set", "Tests"),
+        ("train2017", "val2017", "test2017"),
+        ("train_images", "dev", "test images"),
+        ("TrainData", "validate", "testdata"),
+    ],
+)
+def test_folders_named_like_splits(folders, tmp_path):
+    names = [f"{folder}/{k}.png" for folder in folders for k in range(40)]
+    splits = assign_splits(names, tmp_path)
+    assert splits["test"] == sorted(name for name in names if name.startswith(folders[-1]))
+    assert {name.split("/")[0] for name in splits["train"]} == {folders[0]}
+    assert splits["validation"]
+    assert sum(map(len, splits.values())) == len(names)
+
+
+@pytest.mark.parametrize("folder", ["contest", "trainer", "valley", "testimony", "train_station", "evaluate"])
+def test_other_words_are_no_splits(folder, tmp_path):
+    assert split_folders([f"{folder}/{k}.png" for k in range(4)] + ["cat/0.png"], tmp_path) is None
+
+
+def test_pictures_of_other_kinds_are_told_of_once(tmp_path, own_cache, picture):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for n, name in enumerate(("a.jfif", "b.JPE", "c.jpg", "d.jpeg")):
+        (folder / name).write_bytes(picture(n, kind="JPEG"))
+    for name in ("1.heic", "2.HEIC", "3.avif", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    zipped = make_zip(tmp_path / "photos.zip", {path.name: path.read_bytes() for path in folder.iterdir()})
+    for path in (folder, zipped):
+        messages = []
+        report = lambda message, done, total, to=messages: message and to.append(message)
+        found = [len(open_dataset(path, split, image_size=4, progress=report)) for split in ("train", "test")]
+        assert found == [2, 1]
+        assert messages == ["1 .avif and 2 .heic files are passed over: convert them to JPEG or PNG to use them"]
+    for path in folder.glob("[a-d]*"):
+        path.unlink()
+    with pytest.raises(DatasetError, match=r"holds no image files: .*\. 1 \.avif and 2 \.heic files are passed over"):
+        open_dataset(folder)
+
+
 def test_an_empty_split(tmp_path, picture):
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "train").mkdir()
@@ -169,11 +215,11 @@ def test_symbolic_links(photos, tmp_path, picture):
     (photos / "sub").mkdir()
     (photos / "sub" / "in.png").symlink_to(photos / "0.png")
     (photos / "sub" / "up").symlink_to(photos)  # a circle, not followed for ever
-    (photos / "again").symlink_to(photos / "sub")
-    names = list(list_folder(photos).stamps)
-    assert "sub/in.png" in names
-    assert "again/in.png" in names
-    assert len(names) == 12
+    (photos / "again").symlink_to(photos / "sub")  # each folder is found once, under its own name
+    (photos / ".pool").mkdir()
+    (photos / ".pool" / "deep.png").write_bytes(picture(30))
+    (photos / "pool").symlink_to(photos / ".pool")  # or that of a link, if its own is hidden
+    assert list(list_folder(photos).stamps) == [*(f"{n}.png" for n in range(10)), "pool/deep.png", "sub/in.png"]
 
     outside = tmp_path / "outside.png"
     outside.write_bytes(picture())
@@ -189,6 +235,37 @@ def test_symbolic_links(photos, tmp_path, picture):
     (photos / "self.png").symlink_to(photos / "self.png")
     with pytest.raises(DatasetError, match=r"self\.png is a symbolic link"):
         list_folder(photos)
+
+
+def test_names_that_are_no_utf8(tmp_path, picture):
+    folder = tmp_path / os.fsdecode(b"ph\xffotos")
+    folder.mkdir()
+    for n in range(4):
+        (folder / os.fsdecode(b"\xe9%d.png" % n)).write_bytes(picture(n))
+    first = open_dataset(folder, image_size=4, progress=lambda *_: None)
+    assert len(first) == 2
+    again = []
+    assert len(open_dataset(folder, image_size=4, progress=lambda *call: again.append(call))) == 2
+    assert again == []
+
+
+def test_many_links_and_deep_folders_take_linear_time(photos, picture):
+    """Every order of eight linked folders would be 100,000 paths; a folder in each of 1,500 is beyond the stack."""
+    for n in range(8):
+        (photos / f"f{n}").mkdir()
+        for m in range(8):
+            (photos / f"f{n}" / f"l{m}").symlink_to(photos / f"f{m}")
+    began = time.monotonic()
+    assert len(list_folder(photos).stamps) == 10
+    assert time.monotonic() - began < 2
+    deep = photos.joinpath(*["d"] * 1500)
+    try:
+        for parent in reversed([deep, *list(deep.parents)[:1499]]):
+            parent.mkdir()
+        (deep / "deep.png").write_bytes(picture())
+        assert len(list_folder(photos).stamps) == 11
+    finally:
+        subprocess.run(["rm", "-r", photos / "d"], check=True)  # Python's own way is as deep as the stack
 
 
 def test_a_pipe_does_not_hang(photos):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import time
+from collections import Counter
+from multiprocessing.pool import ThreadPool
 
 import numpy as np
 import pytest
 
-from spread_jax.data import DatasetError
+from spread_jax.data import DatasetError, images
 from spread_jax.data.images import Transform, decode_image, quiet_pillow, transform_array
 
 Image = pytest.importorskip("PIL.Image")
@@ -186,3 +189,24 @@ def test_decompression_bombs(side, tmp_path):
     (folder / "bomb.pgm").write_bytes(header)
     with pytest.raises(DatasetError, match=r"bomb\.pgm.*(too large|pixels)"):
         open_dataset(folder)
+
+
+def test_large_pictures_are_decoded_one_after_another(monkeypatch, picture):
+    """Six of 8000x8000 took 1.5 GB with two threads, and more with more."""
+    monkeypatch.setattr(images, "_room", images._Room(250 * 100))
+    now, most, eight_bit = Counter(), Counter(), images._eight_bit
+
+    def watched(image, channels, name):
+        pixels = image.width * image.height
+        now[name] = pixels
+        most["pixels"] = max(most["pixels"], sum(now.values()))
+        time.sleep(0.002)
+        del now[name]
+        return eight_bit(image, channels, name)
+
+    monkeypatch.setattr(images, "_eight_bit", watched)
+    files = [picture(n, size=(100, 100 + n)) for n in range(12)]
+    with ThreadPool(8) as pool:
+        found = pool.map(lambda n: decode_image(files[n], Transform(4, None, 3), f"{n}.png"), range(12))
+    assert len(found) == 12
+    assert 100 * 200 <= most["pixels"] <= 250 * 100

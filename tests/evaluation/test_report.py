@@ -4,6 +4,7 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from spread_jax.evaluation import save_image, write_report
+from spread_jax.training import RunDirectory
 
 VOID = {"meta", "img", "input"}
 NASTY = "<script>alert('x')</script> & \"quotes\""
@@ -75,6 +77,16 @@ def run(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(results))
     table = f"| method | error → 0 |\n|---|---|\n| *{NASTY}* | 1.5 ± 0.25 |\n| fixed |  |\n\nMeans over seeds.\n"
     (tmp_path / "table.md").write_text(table, encoding="utf-8")
+    figures = {
+        "samples.png": {"caption": "Samples x = g(z).", "section": "Samples", "grid": True, "real_images": False},
+        "curves.png": {"caption": "Metrics against the step.", "section": "Curves"},
+        "reconstructions.png": {"caption": "x, y, g.", "section": "Reconstructions", "grid": True, "real_images": True},
+        "interpolations.png": {"caption": NASTY, "section": "Interpolations", "grid": True},
+        "neighbours.png": {"section": "Nearest training images", "grid": True, "real_images": True},
+        "noise.png": {"caption": "What it does.", "section": "Learned noise", "grid": True},
+        "gone.png": {"caption": "A picture that is not there.", "section": "Gone"},
+    }
+    (tmp_path / "figures.json").write_text(json.dumps(figures))
     names = ("curves", "samples", "reconstructions", "interpolations", "neighbours", "noise", "points_of_interest")
     for level, name in enumerate(names):
         picture(tmp_path / f"{name}.png", 10 + 20 * level, size=(20, 60))
@@ -131,6 +143,61 @@ def test_what_is_shown_is_escaped(run):
     page = Page(write_report(run, title=NASTY))
     assert len(page.all("script")) == 1
     assert NASTY in page.text
+
+
+def test_figures_of_a_run_folder_are_shown_as_it_was_told(tmp_path):
+    with RunDirectory.open(tmp_path, {"seed": 0}, tensorboard=False) as run:
+        for _ in range(2):
+            picture(run.save_figure_path("b", caption="Plot.", section="Second"), 10)
+            picture(run.save_figure_path("a", caption="Faces.", section="First", grid=True, real_images=True), 30)
+        picture(run.save_figure_path("untold"), 50)
+    page = Page(write_report(tmp_path))
+    assert page.sections == ["state", "figures", "second", "first", "configuration"]
+    assert [image["alt"] for image in page.all("img")] == ["untold", "Plot.", "Faces."]
+    assert levels(page) == [50, 10, 30]
+    assert levels(Page(write_report(tmp_path, real_images=False))) == [50, 10]
+
+
+def test_what_cannot_be_read_is_named_and_no_link_is_followed(run, tmp_path_factory):
+    """Garbled and deep JSON, text that is no UTF-8, stray pictures, links and pipes: a sentence each, no traceback."""
+    outside = tmp_path_factory.mktemp("outside")
+    secret = outside / "secret"
+    secret.write_text("| secret | words |\n|---|---|\n| a | b |\n")
+    picture(outside / "secret.png", 250)
+
+    (run / "stray.png").write_text("no picture")
+    (run / "cut.png").write_bytes((run / "curves.png").read_bytes()[:70])
+    (run / "linked.png").symlink_to(outside / "secret.png")
+    os.mkfifo(run / "pipe.png")
+    (run / "folder.png").mkdir()
+    (run / "table.md").write_bytes(b"| m\xe9thode | b |\n|---|---|\n| 1 | 2 |\n")
+    (run / "interpolations").symlink_to(outside)
+    picture(outside / "step_1.png", 250)
+    picture(outside / "step_2.png", 250)
+    page = Page(write_report(run))
+    for name in ("stray", "cut", "linked", "pipe", "folder"):
+        assert f"{name}.png cannot be shown: " in page.text
+    assert "m\ufffdthode" in page.text
+    assert 250 not in levels(page)
+
+    deep = "[" * 50_000
+    for text in ("", "{", "[1]", "\0", deep, '{"a":' * 400 + "1" + "}" * 400, b"\xff\xfe"):
+        for name in ("config.json", "results.json", "figures.json"):
+            (run / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        page = Page(write_report(run))
+        for name in ("config.json", "results.json", "figures.json"):
+            assert f"{name} cannot be read: " in page.text
+    for name in ("config.json", "results.json", "figures.json", "table.md"):
+        (run / name).unlink()
+        (run / name).symlink_to(secret)
+    (run / "report.html").unlink()
+    (run / "report.html").symlink_to(secret)
+    text = secret.read_text()
+    page = Page(write_report(run))
+    assert "secret words" not in page.text
+    assert page.text.count("it is a symbolic link.") == 5
+    assert secret.read_text() == text  # the link was replaced, what it points to was not
+    assert not (run / "report.html").is_symlink()
 
 
 def test_results_from_elsewhere_may_be_of_any_type(run):

@@ -32,10 +32,12 @@ from spread_jax.training import (
     CheckpointError,
     LossOutput,
     NonFiniteLossError,
+    Player,
     RunDirectory,
     RunDirectoryError,
     StopRequest,
     TrainingInterrupted,
+    _seal,
     checkpoint,
     create_train_state,
     make_train_step,
@@ -75,7 +77,7 @@ def die(*_, **__) -> None:
 def instrument(marks: Marks, die_at: str | None, die_step: int) -> None:
     """Writes every stage into the marks, and dies at the worst moment of one of them."""
     build, finish = cache._Entry.build, Checkpointer._finish
-    write_seal, drop_old = checkpoint._write_seal, Checkpointer._drop_old
+    write_seal, drop_old = checkpoint.write_seal, Checkpointer._drop_old
 
     def building(self, progress):
         marks.set(0, STAGES.index("decoding the cache"))
@@ -105,7 +107,7 @@ def instrument(marks: Marks, die_at: str | None, die_step: int) -> None:
 
             def half_delete(path, *_, **__):
                 # Everything but the seal is gone, the worst half.
-                for name in checkpoint._files(path):
+                for name in _seal.files_of(path):
                     os.remove(os.path.join(path, name))
                 die()
 
@@ -113,7 +115,7 @@ def instrument(marks: Marks, die_at: str | None, die_step: int) -> None:
         drop_old(self, newest)
 
     cache._Entry.build, Checkpointer._finish = building, finishing
-    checkpoint._write_seal, Checkpointer._drop_old = sealing, dropping
+    checkpoint.write_seal, Checkpointer._drop_old = sealing, dropping
 
 
 def digest_of(state) -> str:
@@ -131,9 +133,9 @@ def run(options: dict) -> int:
     """One training run, from the newest checkpoint or from the start; the exit code."""
     marks = Marks(options["marks"])
     instrument(marks, options.get("die_at"), options.get("die_step", 3))
-    if options.get("clock") == "backwards":
+    if seconds := {"backwards": -60.0, "forward": 86400.0}.get(options.get("clock")):
         ticks = itertools.count()
-        time.time = lambda: 1e9 - 60.0 * next(ticks)
+        time.time = lambda: 1e9 + seconds * next(ticks)
         time.time_ns = lambda: int(time.time() * 1e9)
     jax.config.update("jax_compilation_cache_dir", options["programs"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -143,26 +145,25 @@ def run(options: dict) -> int:
     width, nan_at = options.get("width", 3), options.get("nan_at", -1)
     optimizer = optax.sgd(1e-4, momentum=0.9)
 
-    def loss(params, model_state, batch, *, key, step):
+    def loss(params, variables, batch, *, key, step):
         x = batch.reshape(len(batch), -1).astype(jnp.float32) / 255
         y = x + 0.1 * jax.random.normal(key, x.shape)
         value = jnp.square(y @ params["encode"] @ params["decode"] - x).sum(axis=1).mean()
-        return jnp.where(step + 1 == nan_at, jnp.nan, value), LossOutput(model_state, {"error": value})
+        return jnp.where(step + 1 == nan_at, jnp.nan, value), LossOutput({}, {"error": value})
+
+    players = [Player("model", ("encode", "decode"), loss, optimizer)]
 
     @jax.jit
     def initial_state():
         shape = (int(np.prod(dataset.image_shape)), width)
         params = {"encode": jnp.full(shape, 0.01), "decode": 0.01 * jnp.ones(shape[::-1])}
-        return create_train_state(
-            params, {"seen": jnp.zeros(())}, optimizer, key=jax.random.key(options.get("seed", 0))
-        )
+        seed = options.get("seed", 0)
+        return create_train_state(params, {"seen": jnp.zeros(())}, players, key=jax.random.key(seed))
 
     config = {"seed": options.get("seed", 0), "width": width, "data": dataset.fingerprint}
     with (
         RunDirectory.open(options["workdir"], config, tensorboard=False) as directory,
-        Checkpointer(
-            directory.checkpoints_path, keep=2, best_metric="error", best_mode="min", run=directory.identity
-        ) as saver,
+        directory.checkpointer(keep=2, best_metric="error", best_mode="min") as saver,
         StopRequest() as stop,
     ):
         marks.set(0, STAGES.index("restoring"))
@@ -179,7 +180,7 @@ def run(options: dict) -> int:
 
         state = train(
             state,
-            make_train_step(loss, optimizer),
+            make_train_step(players),
             slowly(loader.iterate(start)),
             start_step=start,
             num_steps=STEPS,

@@ -82,7 +82,7 @@ def test_killed_at_the_worst_moment_of_each_stage(stage, newest, runs, assert_un
     tally(f"killed at the worst moment: {stage}", check)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_asked_to_stop_a_run_saves_within_its_grace(number, runs, assert_unbroken, tally, tmp_path):
     """Preemption: a signal, and ten seconds later the end."""
     workdir = tmp_path / "run"
@@ -118,15 +118,16 @@ def test_a_loss_that_is_not_a_number_is_never_saved(runs, assert_unbroken, tally
     tally("NaN injected", check)
 
 
-def test_a_clock_that_goes_backwards_changes_nothing(runs, assert_unbroken, tally, tmp_path):
+@pytest.mark.parametrize("clock", ["backwards", "forward"])
+def test_a_clock_that_jumps_changes_nothing(clock, runs, assert_unbroken, tally, tmp_path):
     workdir = tmp_path / "run"
 
     def check():
-        assert runs.run(workdir, clock="backwards", die_at="seal", die_step=4) == -signal.SIGKILL
-        assert runs.run(workdir, clock="backwards") == 0, runs.said()
+        assert runs.run(workdir, clock=clock, die_at="seal", die_step=4) == -signal.SIGKILL
+        assert runs.run(workdir, clock=clock) == 0, runs.said()
         assert_unbroken(workdir)
 
-    tally("clock going backwards", check)
+    tally(f"clock going {clock}", check)
 
 
 @pytest.fixture
@@ -173,6 +174,45 @@ DAMAGE = {
 
 def files_of(folder):
     return sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+
+
+def test_checkpoints_or_metrics_that_are_gone_are_told_of(runs, unbroken, assert_unbroken, tally, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(unbroken[0], workdir)
+    (workdir / "results.json").unlink()
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    shutil.move(workdir / "checkpoints", tmp_path / "checkpoints")
+
+    def check_checkpoints():
+        assert runs.run(workdir) == 1
+        assert "holds no checkpoint, and this run has saved some" in runs.said()
+        assert (workdir / "metrics.jsonl").read_bytes() == metrics
+        shutil.move(tmp_path / "checkpoints", workdir / "checkpoints")
+        assert runs.run(workdir) == 0, runs.said()
+        assert_unbroken(workdir)
+
+    def check_metrics():
+        (workdir / "metrics.jsonl").write_bytes(b"".join(metrics.splitlines(keepends=True)[:3]))
+        assert runs.run(workdir) == 0, runs.said()
+        assert f"ends at step 3: the records from there to step {runs.child.STEPS} are lost" in runs.said()
+
+    tally("checkpoints gone", check_checkpoints)
+    tally("metrics cut short", check_metrics)
+
+
+def test_one_bit_of_the_cached_pixels_is_found(runs, assert_unbroken, tally, tmp_path):
+    """Under the same fingerprint it would train on wrong pixels."""
+    workdir, own = tmp_path / "run", {"cache": str(tmp_path / "cache")}
+
+    def check():
+        assert runs.run(workdir, die_at="seal", die_step=4, **own) == -signal.SIGKILL
+        (images,) = (tmp_path / "cache").glob("*/images.npy")
+        flip(images)
+        assert runs.run(workdir, **own) == 0, runs.said()
+        assert "is damaged: decoding it again" in runs.said()
+        assert_unbroken(workdir)
+
+    tally("one bit of the cached pixels flipped", check)
 
 
 def check_damaged(runs, unbroken, assert_unbroken, workdir, damage, newest):
@@ -245,14 +285,14 @@ def test_seconds_of_sealing_per_gigabyte(chaos, tally, monkeypatch, tmp_path):
         pytest.skip("part of `make chaos`")
     random = np.random.default_rng(0)
     state = {str(i): random.integers(0, 256, 2**27, np.uint8).view(np.float32) for i in range(8)}
-    spent, write_seal = [], checkpoint._write_seal
+    spent, write_seal = [], checkpoint.write_seal
 
     def timed(*arguments):
         began, busy = time.monotonic(), time.thread_time()
         write_seal(*arguments)
         spent.extend([time.monotonic() - began, time.thread_time() - busy])
 
-    monkeypatch.setattr(checkpoint, "_write_seal", timed)
+    monkeypatch.setattr(checkpoint, "write_seal", timed)
     with Checkpointer(tmp_path) as checkpointer:
         began = time.monotonic()
         checkpointer.save(1, state)

@@ -23,7 +23,7 @@ from experiments import _generator, _launch, runs, sample
 from spread_jax.data import DatasetError, celeb_a, celeb_a_builder, idx
 from spread_jax.data.files import list_zip
 from spread_jax.data.images import Transform, decode_image, quiet_pillow
-from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, checkpoint
+from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, _seal
 
 CHAOS = bool(os.environ.get("SPREAD_JAX_CHAOS"))
 
@@ -268,7 +268,7 @@ def test_forged_seals(tmp_path, tally):
     folder = tmp_path / "steps"
     with Checkpointer(folder) as checkpointer:
         checkpointer.save(2, state, metrics={"bound": 1.0})
-    path = folder / "2" / checkpoint._SEAL
+    path = folder / "2" / _seal.SEAL
     whole = path.read_bytes()
     content = json.loads(whole)["content"]
     likely = st.sampled_from(["key", "float64", "fry", "../../etc", [2, 3], [-1], [2**40], 0, 1, {}])
@@ -294,14 +294,14 @@ def test_forged_seals(tmp_path, tally):
         @given(st.integers(0, 120), values)
         def restore(place, new):
             forged = replace_somewhere(content, place, new)
-            outer = {"content": forged, "digest": checkpoint._digest(forged)}
-            path.write_text(checkpoint._seal_text(outer))
+            outer = {"content": forged, "digest": _seal.digest_of(forged)}
+            path.write_text(_seal.seal_text(outer))
             tally("forged seal", check, checkpointer)
 
         restore()
         for impl in ("key", "philox2x32", "rbg", 3):  # of other words, or of as many
             forged = {**content, "leaves": {**content["leaves"], "key": {**content["leaves"]["key"], "impl": impl}}}
-            path.write_text(checkpoint._seal_text({"content": forged, "digest": checkpoint._digest(forged)}))
+            path.write_text(_seal.seal_text({"content": forged, "digest": _seal.digest_of(forged)}))
             with pytest.raises(CheckpointError):
                 checkpointer.restore(state)
             for aside in folder.glob("2.unsound*"):

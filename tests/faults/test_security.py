@@ -23,7 +23,7 @@ import pytest
 from spread_jax.data import DatasetError, open_dataset, read_idx
 from spread_jax.data.files import list_zip
 from spread_jax.data.images import Transform, decode_image
-from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, checkpoint
+from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, _seal, checkpoint
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -43,9 +43,9 @@ def steps(tmp_path):
 
 def seal_again(folder):
     """As someone would who can write to the folder: the seal is no signature."""
-    seal = checkpoint._read_seal(folder)
-    os.remove(folder / checkpoint._SEAL)
-    checkpoint._write_seal(folder, seal.step, seal.metrics, seal.leaves)
+    seal = _seal.read_seal(folder)
+    os.remove(folder / _seal.SEAL)
+    checkpoint.write_seal(folder, seal.step, seal.metrics, seal.leaves)
 
 
 # --- code ---
@@ -115,17 +115,53 @@ def test_no_module_unpickles_or_evaluates():
                     assert "allow_pickle=False" in ast.unparse(node), path
 
 
-def test_features_of_a_tfds_folder_import_no_foreign_code(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
+FEATURES = "tensorflow_datasets.core.features"
+EVIL = "evil_of_a_stranger.Feature"
+
+
+def spellings():
+    """features.json that names the stranger's class, in the forms that TFDS reads."""
+    new = {"pythonClassName": EVIL, "tensor": {}}
+    old = {"type": EVIL, "content": {}}
+    of = lambda name, **content: {"pythonClassName": f"{FEATURES}.{name}", **content}
+    as_text = json.dumps({"features": {"image": new}})
+    images = of("features_dict.FeaturesDict", featuresDict={"features": {"image": new}})
+    return {
+        "itself": new,
+        "snake case": {"python_class_name": EVIL, "tensor": {}},
+        "in a dict": images,
+        "in a dict in a sequence": of("sequence_feature.Sequence", sequence={"feature": images}),
+        "in JSON in a string": of("features_dict.FeaturesDict", jsonFeature={"json": json.dumps({"image": old})}),
+        "legacy": {"type": f"{FEATURES}.features_dict.FeaturesDict", "content": {"image": old}},
+        "legacy, in a string": {
+            "type": f"{FEATURES}.features_dict.FeaturesDict",
+            "proto_cls": "tensorflow_datasets.FeaturesDict",
+            "content": as_text,
+        },
+        "a name of TFDS's own": {"type": "tensorflow_datasets.scripts.cli.main.Feature", "content": {}},
+    }
+
+
+def test_features_of_a_tfds_folder_import_no_foreign_code(tmp_path, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
     pytest.importorskip("importlib_resources")
-    (tmp_path / "dataset_info.json").write_text("{}")
-    for key in ("pythonClassName", "type"):
-        inner = {"features": {"image": {key: "os_of_a_stranger.Feature"}}}
-        (tmp_path / "features.json").write_text(
-            json.dumps({key: "tensorflow_datasets.core.features.features_dict.FeaturesDict", "d": [inner]})
-        )
-        with pytest.raises(DatasetError, match="names the class os_of_a_stranger"):
-            open_dataset(tmp_path)
+    proof = tmp_path / "it ran"
+    (tmp_path / "evil_of_a_stranger.py").write_text(f"open({str(proof)!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "dataset_info.json").write_text('{"name": "set", "version": "1.0.0", "fileFormat": "array_record"}')
+    for how, features in spellings().items():
+        (folder / "features.json").write_text(json.dumps(features))
+        with pytest.raises(DatasetError, match=r"names the class .*, which is not one of"):
+            open_dataset(folder)
+        assert not proof.exists(), how
+    with pytest.raises(ValueError, match="Unrecognized FeatureConnector"):  # by TFDS itself it runs
+        tfds.features.FeatureConnector.from_config(folder.parent / "set")
+    (folder / "features.json").write_text(json.dumps(spellings()["in JSON in a string"]))
+    with pytest.raises(ValueError, match="Unrecognized FeatureConnector"):
+        tfds.features.FeatureConnector.from_config(folder)
+    assert proof.exists()
 
 
 def test_no_program_is_started_for_a_picture():
@@ -147,9 +183,9 @@ def test_a_step_has_no_links_and_no_pipes(steps, tmp_path):
         (step / "_METADATA").symlink_to(tmp_path / "moved")
 
     def link_for_the_seal(step):
-        shutil.copy(step / checkpoint._SEAL, tmp_path / "seal")
-        os.remove(step / checkpoint._SEAL)
-        (step / checkpoint._SEAL).symlink_to(tmp_path / "seal")
+        shutil.copy(step / _seal.SEAL, tmp_path / "seal")
+        os.remove(step / _seal.SEAL)
+        (step / _seal.SEAL).symlink_to(tmp_path / "seal")
 
     def pipe(step):  # would be waited for
         os.mkfifo(step / "pipe")
@@ -169,20 +205,20 @@ def test_a_step_that_is_not_what_its_seal_says_is_refused(steps, tmp_path):
     """The files of one model under the seal of another."""
     with Checkpointer(tmp_path / "other") as checkpointer:
         checkpointer.save(2, {"w": jnp.arange(7.0), "n": jnp.int32(1)})
-    seal = checkpoint._read_seal(steps / "2")
+    seal = _seal.read_seal(steps / "2")
     shutil.rmtree(steps / "2")
     shutil.copytree(tmp_path / "other" / "2", steps / "2")
-    os.remove(steps / "2" / checkpoint._SEAL)
-    checkpoint._write_seal(steps / "2", 2, {}, seal.leaves)
+    os.remove(steps / "2" / _seal.SEAL)
+    checkpoint.write_seal(steps / "2", 2, {}, seal.leaves)
     with Checkpointer(steps) as checkpointer, pytest.raises(CheckpointError, match="'w' is not what its seal says"):
         checkpointer.restore(state_at(0))
 
 
 def test_a_pipe_in_a_run_folder_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "config.json")
-    with pytest.raises(RunDirectoryError, match="it is not a file"):
+    with pytest.raises(RunDirectoryError, match="neither a file nor a folder"):
         RunDirectory.reopen(tmp_path)
-    with pytest.raises(RunDirectoryError, match="it is not a file"):
+    with pytest.raises(RunDirectoryError, match="neither a file nor a folder"):
         RunDirectory.open(tmp_path, {})
 
 
@@ -352,9 +388,11 @@ def test_what_cannot_be_read_or_written_is_a_sentence(open_folder):
                 open_it()
         with pytest.raises(RunDirectoryError, match=r"could not be written: Permission denied"):
             RunDirectory.open(f / "full" / "run", {})
-        unreadable = Checkpointer(f / "run" / "checkpoints", log=lambda _: None)
-        with unreadable, pytest.raises(CheckpointError, match="_METADATA: it cannot be read"):
-            unreadable.restore(state_at(0))
+        with Checkpointer(f / "run" / "checkpoints") as unreadable:
+            for use in (lambda: unreadable.restore(state_at(0)), unreadable.sound_steps):
+                with pytest.raises(CheckpointError, match=r"_METADATA cannot be read: Permission denied\. Nothing was"):
+                    use()
+        assert os.listdir(f / "run" / "checkpoints") == ["1"]  # what cannot be read at the moment is no damage
         unwritable = Checkpointer(f / "full" / "steps")
         with unwritable, pytest.raises(CheckpointError, match="Permission denied"):
             unwritable.save(1, state_at(1))

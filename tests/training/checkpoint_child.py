@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from spread_jax.training import checkpoint
+from spread_jax.training import _seal, checkpoint
 
 
 def one_of_two(process: str, port: str, directory: str) -> None:
@@ -32,7 +32,7 @@ def one_of_two(process: str, port: str, directory: str) -> None:
         assert checkpointer.latest_step == 3
         multihost_utils.sync_global_devices("both have seen step 3")
         if process == "0":
-            seal = os.path.join(directory, "3", checkpoint._SEAL)
+            seal = os.path.join(directory, "3", _seal.SEAL)
             os.remove(seal)
         found = checkpointer.restore(make(0.0))
         assert found.step == 2, found

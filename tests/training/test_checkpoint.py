@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
 import logging
 import os
@@ -10,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import flax.core
@@ -20,7 +23,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from spread_jax.training import checkpoint
+from spread_jax.training import _seal, checkpoint
 from spread_jax.training.checkpoint import Checkpointer, CheckpointError
 
 CHILD = Path(__file__).with_name("checkpoint_child.py")
@@ -141,7 +144,7 @@ def test_restored_leaves_can_be_trained_on(tmp_path):
     assert step._cache_size() == 1
 
 
-@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices; run in a process that has them")
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices; test_parallel.py runs it")
 def test_shardings(tmp_path):
     devices = np.array(jax.devices()[:4])
     four, two = (jax.sharding.Mesh(devices[:n], ("d",)) for n in (4, 2))
@@ -168,19 +171,6 @@ def test_shardings(tmp_path):
         found = checkpointer.restore(abstract).state
         assert_same(found, values)
         assert found["k"].sharding == abstract["k"].sharding
-
-
-@pytest.mark.skipif(jax.device_count() >= 4, reason="runs in this process already")
-def test_shardings_on_four_devices():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-    }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
-    done = subprocess.run([*command, f"{__file__}::test_shardings"], capture_output=True, text=True, env=environment)
-    assert "1 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_two_processes(tmp_path):
@@ -321,7 +311,7 @@ DAMAGE = {
 def test_damage_to_any_file_is_found_and_the_older_step_restored(two_steps, tmp_path, damage):
     files = sorted(p.relative_to(two_steps) for p in (two_steps / "2").rglob("*") if p.is_file())
     assert len(files) > 5
-    assert Path("2", checkpoint._SEAL) in files
+    assert Path("2", _seal.SEAL) in files
     for number, file in enumerate(files):
         folder = tmp_path / str(number)
         shutil.copytree(two_steps, folder)
@@ -346,19 +336,19 @@ def test_an_extra_file_and_another_steps_seal_are_found(two_steps, tmp_path):
         (folder / "2" / "d" / "more").write_text("")
 
     def swap(folder):
-        shutil.copy(folder / "1" / checkpoint._SEAL, folder / "2" / checkpoint._SEAL)
+        shutil.copy(folder / "1" / _seal.SEAL, folder / "2" / _seal.SEAL)
 
     def rename(folder):
         os.rename(folder / "2", folder / "3")
 
     def edit(folder):  # the seal protects its own metrics
-        seal = folder / "2" / checkpoint._SEAL
+        seal = folder / "2" / _seal.SEAL
         content = json.loads(seal.read_text())
         content["content"]["metrics"]["score"] = 99.0
         seal.write_text(json.dumps(content))
 
     def not_a_mapping(folder):
-        (folder / "2" / checkpoint._SEAL).write_text("[1]")
+        (folder / "2" / _seal.SEAL).write_text("[1]")
 
     for number, damage in enumerate([extra, swap, rename, edit, not_a_mapping]):
         folder = tmp_path / str(number)
@@ -400,13 +390,118 @@ def test_an_unsound_step_that_was_asked_for_is_an_error(two_steps, tmp_path):
 def test_a_seal_of_a_later_format_is_refused_and_left_alone(two_steps, tmp_path):
     folder = tmp_path / "steps"
     shutil.copytree(two_steps, folder)
-    path = folder / "2" / checkpoint._SEAL
-    content = json.loads(path.read_text())["content"] | {"format": checkpoint._FORMAT + 1}
-    outer = {"content": content, "digest": checkpoint._digest(content)}
-    path.write_text(checkpoint._seal_text(outer))
+    path = folder / "2" / _seal.SEAL
+    content = json.loads(path.read_text())["content"] | {"format": _seal.FORMAT + 1}
+    outer = {"content": content, "digest": _seal.digest_of(content)}
+    path.write_text(_seal.seal_text(outer))
     with Checkpointer(folder) as checkpointer, pytest.raises(CheckpointError, match="upgrade"):
         checkpointer.restore(small_state())
     assert sorted(os.listdir(folder)) == ["1", "2"]
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE, errno.EMFILE])
+def test_what_cannot_be_read_at_the_moment_is_not_called_damaged(two_steps, monkeypatch, number):
+    """A file server that is away for a moment: nothing is renamed, and the newest step is there when it is back."""
+    before, opened = sorted(two_steps.rglob("*")), _seal.open_regular
+
+    def away(path):
+        if path.name == "manifest.ocdbt":
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path)
+
+    with Checkpointer(two_steps) as checkpointer:
+        with monkeypatch.context() as patch:
+            patch.setattr(_seal, "open_regular", away)
+            for step in (None, 2):
+                with pytest.raises(
+                    CheckpointError, match=r"2/\S*manifest\.ocdbt cannot be read: .* Nothing was changed"
+                ):
+                    checkpointer.restore(small_state(), step=step)
+        assert sorted(two_steps.rglob("*")) == before
+        assert checkpointer.restore(small_state()).step == 2
+
+
+def test_for_reading_only_nothing_is_changed(two_steps, tmp_path):
+    folder = tmp_path / "steps"
+    shutil.copytree(two_steps, folder)
+    _flip(folder / "2" / "_METADATA")
+    (folder / "3.unsealed").mkdir()
+    before, said = sorted(folder.rglob("*")), []
+    with Checkpointer(folder, read_only=True, log=said.append) as checkpointer:
+        assert checkpointer.restore(small_state()).step == 1
+        with pytest.raises(CheckpointError, match="for reading only"):
+            checkpointer.save(4, small_state())
+    assert sorted(folder.rglob("*")) == before
+    assert len(said) == 1
+    assert "It is not used" in said[0]
+
+
+def test_only_what_the_checkpointer_itself_has_left_is_removed(tmp_path):
+    """Whatever of the user's is named like it stays, and a link is removed, never followed."""
+    folder, outside = tmp_path / "steps", tmp_path / "outside"
+    kept = ["3.deleting.txt", "3.unsealed-notes", "4.unsealed.mine", "notes.deleting"]
+    for name in (*kept, "5.unsealed"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "thesis.tex").write_text("years of work")
+    outside.mkdir()
+    (outside / "thesis.tex").write_text("years of work")
+    (folder / "1.unsealed").symlink_to(outside)
+    (folder / "6.deleting").symlink_to(outside)
+    with Checkpointer(folder) as checkpointer:
+        checkpointer.save(1, small_state(1))
+    assert sorted(os.listdir(folder)) == [
+        "1",
+        "3.deleting.txt",
+        "3.unsealed-notes",
+        "4.unsealed.mine",
+        "notes.deleting",
+    ]
+    assert [path.name for path in outside.rglob("*")] == ["thesis.tex"]
+
+
+def test_another_compiler_or_device_is_told_of(two_steps, monkeypatch):
+    def said_by(**changes):
+        said = []
+        now = {**checkpoint.numerics(), **changes}
+        with monkeypatch.context() as patch, Checkpointer(two_steps, log=said.append) as checkpointer:
+            patch.setattr(checkpoint, "numerics", lambda: now)
+            assert checkpointer.restore(small_state()).step == 2
+        return said
+
+    assert said_by() == []
+    device = checkpoint.numerics()["device"]
+    (sentence,) = said_by(jaxlib="99.1", device="TPU v9", XLA_FLAGS="--new")
+    assert "jaxlib " in sentence
+    assert f"device {device} (now TPU v9), XLA_FLAGS" in sentence
+    assert "(now --new): the last digits may differ" in sentence
+
+
+def test_checkpoints_that_are_gone_are_no_new_run(tmp_path):
+    folder, mark = tmp_path / "steps", tmp_path / ".checkpointed"
+    for _ in range(2):
+        with Checkpointer(folder, mark=mark) as checkpointer:
+            assert checkpointer.restore(small_state()) is None  # killed before its first save
+    with Checkpointer(folder, mark=mark) as checkpointer:
+        checkpointer.save(1, small_state(1))
+    for remove in (folder / "1", folder):
+        shutil.rmtree(remove)
+        with (
+            Checkpointer(folder, mark=mark) as checkpointer,
+            pytest.raises(CheckpointError, match=r"holds no checkpoint, and this run has saved some: .*\.checkpointed"),
+        ):
+            checkpointer.restore(small_state())
+    mark.unlink()
+    with Checkpointer(folder, mark=mark) as checkpointer:
+        assert checkpointer.restore(small_state()) is None
+
+
+def test_a_clock_that_is_set_forward_does_not_end_a_save(tmp_path, monkeypatch):
+    days = itertools.count()
+    monkeypatch.setattr(time, "time", lambda: 1e9 + 86400.0 * next(days))
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, small_state(step))
+        assert_same(checkpointer.restore(small_state()).state, small_state(2))
 
 
 # --- another model ---
@@ -551,7 +646,7 @@ def test_a_failure_while_sealing_is_raised_at_the_next_call(tmp_path, monkeypatc
             def fail(*_):
                 raise OSError(5, "Input/output error")
 
-            patch.setattr(checkpoint, "_write_seal", fail)
+            patch.setattr(checkpoint, "write_seal", fail)
             checkpointer.save(2, small_state(2))
             with pytest.raises(CheckpointError, match=r"step 2 .* Input/output error"):
                 checkpointer.save(3, small_state(3))
@@ -579,13 +674,13 @@ def test_orbax_is_quiet_only_while_a_checkpointer_is_open(tmp_path, capfd):
 
 def test_saving_does_not_wait_for_the_seal(tmp_path, monkeypatch):
     gate = threading.Event()
-    write_seal = checkpoint._write_seal
+    write_seal = checkpoint.write_seal
 
     def wait_then_write(*arguments):
         assert gate.wait(30)
         write_seal(*arguments)
 
-    monkeypatch.setattr(checkpoint, "_write_seal", wait_then_write)
+    monkeypatch.setattr(checkpoint, "write_seal", wait_then_write)
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, small_state(1))
         assert checkpointer.latest_step is None  # announced only once it is sealed

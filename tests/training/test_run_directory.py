@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from spread_jax.training.run_directory import RunDirectory, RunDirectoryError
+from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, read_run
 
 CONFIG = {"seed": 0, "model": {"width": 64, "scales": (0.5, 1.0)}, "steps": 100}
 
@@ -112,6 +112,54 @@ def test_the_identity_is_that_of_what_cannot_change(tmp_path):
     assert len(set(found)) == 1 + len(other)
 
 
+def test_places_on_this_machine_are_neither_kept_nor_believed(tmp_path):
+    """A stranger's `cache_dir` was written to, and cleaned."""
+    keys = {"resumable_keys": ["steps"], "local_keys": ["cache_dir", "data.folder"]}
+    config = {"seed": 0, "cache_dir": "/home/me", "data": {"folder": "/home/me/photos", "size": 8}}
+    for moved in (config, {**config, "cache_dir": None}):
+        with open_run(tmp_path, moved, **keys) as run:
+            assert run.config == {"seed": 0, "data": {"size": 8}}
+    assert json.loads((tmp_path / "config.json").read_text()) == run.config
+    hostile = {**run.config, "cache_dir": "/etc", "data": {"folder": "/root", "size": 8}}
+    (tmp_path / "config.json").write_text(json.dumps(hostile))
+    with RunDirectory.reopen(tmp_path, **keys) as reopened:
+        assert reopened.config == run.config
+        assert reopened.identity == run.identity
+        assert read_run(tmp_path, **keys)[1:] == (run.config, None, run.identity)  # while it is in use
+    with open_run(tmp_path, config, **keys) as run:
+        run.write_results({"steps": 3})
+    assert read_run(tmp_path, **keys).results == {"steps": 3}
+
+
+def test_checkpoints_of_another_run_are_refused_after_training_too(tmp_path):
+    """Of the same shapes: only the seed differs."""
+    state = {"w": np.arange(3.0)}
+    for seed in (0, 1):
+        with open_run(tmp_path / str(seed), {"seed": seed}) as run, run.checkpointer() as checkpointer:
+            checkpointer.save(1, state)
+        with read_run(tmp_path / str(seed)).checkpointer() as checkpointer:
+            assert checkpointer.restore(state).step == 1
+    shutil.rmtree(tmp_path / "0" / "checkpoints")
+    shutil.copytree(tmp_path / "1" / "checkpoints", tmp_path / "0" / "checkpoints")
+    with RunDirectory.reopen(tmp_path / "0", resumable_keys=["steps"]) as run:
+        for opened in (run.checkpointer(), read_run(tmp_path / "0", resumable_keys=["steps"]).checkpointer()):
+            with opened, pytest.raises(CheckpointError, match="saved by a run with other settings"):
+                opened.restore(state)
+
+
+def test_checkpoints_that_are_gone_do_not_cut_the_metrics(tmp_path):
+    with open_run(tmp_path) as run, run.checkpointer() as checkpointer:
+        run.log_metrics(400, {"a": 1.0})
+        checkpointer.save(400, {"w": np.ones(2)})
+    shutil.rmtree(tmp_path / "checkpoints")
+    with (
+        open_run(tmp_path) as run,
+        run.checkpointer() as checkpointer,
+        pytest.raises(CheckpointError, match="holds no checkpoint, and this run has saved some"),
+    ):
+        checkpointer.restore({"w": np.ones(2)})
+
+
 @pytest.mark.parametrize("text", ["", '{"seed": 0,', "[1]", "\0\0\0"])
 def test_a_damaged_config_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
@@ -152,6 +200,19 @@ def test_a_file_in_the_way(tmp_path):
             open_run(path)
 
 
+def test_names_that_no_folder_of_a_run_can_have(tmp_path, monkeypatch):
+    odd = tmp_path / os.fsdecode(b"\xff\xfe")
+    with pytest.raises(RunDirectoryError, match="is no UTF-8, which checkpoints need"):
+        open_run(odd)
+    with pytest.raises(CheckpointError, match="is no name in UTF-8"):
+        Checkpointer(odd)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    with pytest.raises(RunDirectoryError, match="~/run cannot be a run's folder: Could not determine home directory"):
+        open_run("~/run")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A folder on a file system of 64 kilobytes, and a way to make it read-only."""
@@ -190,6 +251,57 @@ def test_a_read_only_disk_is_one_sentence(disk):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(RunDirectoryError, match="Read-only file system"):
         open_run(disk / "run")
+
+
+def everything_in(folder):
+    """Names, kinds and contents of all there is."""
+    return {
+        path.relative_to(folder): (path.lstat().st_mode, path.read_bytes() if path.is_file() else None)
+        for path in folder.rglob("*")
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".lock", "config.json", "metrics.jsonl", "results.json", "report.html", "figures.json", "samples",
+        "tensorboard", "checkpoints", "samples/step_1.png", "table.md", ".checkpointed", "nested/run/metrics.jsonl",
+    ],
+)  # fmt: skip
+def test_links_and_pipes_in_a_run_folder_are_refused(tmp_path, name):
+    """What a link points to would be written with what the stranger chose: a start-up file, say."""
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    open_run(folder).close()
+    outside.mkdir()
+    (outside / "config.json").write_bytes((folder / "config.json").read_bytes())
+    path = folder / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    for target in (outside / "config.json", outside, outside / "missing", None):
+        path.unlink(missing_ok=True)
+        path.symlink_to(target) if target else os.mkfifo(path)
+        before = everything_in(outside)
+        for use in (open_run, RunDirectory.reopen, read_run):
+            with pytest.raises(
+                RunDirectoryError, match=f"{name.split('/')[-1]} (is neither|cannot be read|is damaged)"
+            ):
+                use(folder)
+        assert everything_in(outside) == before
+
+
+def test_what_a_run_writes_goes_through_no_link_that_is_planted_meanwhile(tmp_path):
+    outside = tmp_path / "start-up file"
+    outside.write_text("mine")
+    with open_run(tmp_path / "run", tensorboard=True) as run:
+        for name in ("results.json", "figures.json", "table.md", "metrics.jsonl", ".checkpointed", "tensorboard"):
+            (run.path / name).symlink_to(outside)
+        run.write_results({"a": 1})
+        run.write_file("table.md", "| a |")
+        run.save_figure_path("a", caption="what the stranger chose")
+        with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl could not be written: it is a symbolic link"):
+            run.log_metrics(1, {"a": 1.0})
+        with pytest.raises(CheckpointError, match="symbolic link"), run.checkpointer() as checkpointer:
+            checkpointer.save(1, {"w": np.ones(2)})
+    assert outside.read_text() == "mine"
 
 
 # --- the lock ---
@@ -331,6 +443,44 @@ def test_an_interrupted_run_leaves_the_file_of_an_unbroken_one(tmp_path, monkeyp
     with open_run(tmp_path / "broken") as run:
         run.truncate_metrics(-1)
         assert run.read_metrics() == []
+
+
+@pytest.mark.parametrize(
+    ("steps", "restored", "told"),
+    [
+        ([10, 20, 30], 100, "ends at step 30: the records from there to step 100 are lost"),
+        ([10, 20, 30], 35, None),  # between two records
+        ([10, 20, 30], 20, None),
+        ([10], 15, None),  # how far apart they are is not known
+        ([], 50, "holds no records up to step 50"),
+        ([], 0, None),
+    ],
+)
+def test_a_gap_in_the_metrics_is_told_of(tmp_path, steps, restored, told):
+    said = []
+    with open_run(tmp_path, log=said.append) as run:
+        for step in steps:
+            run.log_metrics(step, {"a": 1.0})
+        run.truncate_metrics(restored)
+    assert len(said) == (told is not None)
+    assert told is None or told in said[0]
+
+
+def test_the_last_step_is_read_without_the_rest(tmp_path):
+    with open_run(tmp_path) as run:
+        assert read_run(tmp_path).last_step is None
+        for step in (1, 2):
+            run.log_metrics(step, {f"metric_{n}": 1 / 3 for n in range(2000)})  # a line, not the file, fits the tail
+    assert read_run(tmp_path).last_step == 2
+    path = tmp_path / "metrics.jsonl"
+    for text, step in (
+        ('{"step": 7}\n{"st', 7),
+        ('{"st', None),
+        ('{"step": [1]}\n', None),
+        ("[" * 50_000 + "\n", None),
+    ):
+        path.write_text(text)
+        assert read_run(tmp_path).last_step == step
 
 
 def test_truncating_records_out_of_order_keeps_the_earlier_steps(tmp_path):
@@ -498,3 +648,25 @@ def test_figures(tmp_path):
         for name in ("", "../samples", "a/b", "/tmp/x"):
             with pytest.raises(ValueError, match="a figure is named"):
                 run.save_figure_path(name)
+            with pytest.raises(ValueError, match="is named by a file name"):
+                run.write_file(name, "")
+        assert not (tmp_path / "figures.json").exists()
+        run.save_figure_path("samples", caption="Samples.", grid=True)
+    with open_run(tmp_path) as run:  # what an earlier process has told is kept
+        run.save_figure_path("faces", caption="Faces.", section="Faces", real_images=True)
+        run.save_figure_path("samples", caption="More samples.", grid=True)
+    told = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: (figure["caption"], figure["real_images"]) for name, figure in told.items()} == {
+        "samples.png": ("More samples.", False),
+        "faces.png": ("Faces.", True),
+    }
+
+
+def test_the_steps_of_a_finished_run(tmp_path):
+    with open_run(tmp_path) as run:
+        assert run.finished_steps == 0
+        run.write_results({"steps": 40})
+        assert run.finished_steps == 40
+        run.write_results({"steps": "forty"})
+        with pytest.raises(RunDirectoryError, match=r'is damaged: its steps are "forty"\. Delete it'):
+            assert run.finished_steps

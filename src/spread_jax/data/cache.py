@@ -8,14 +8,16 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from spread_jax._files import flush_folder, replacing, write_atomically
+from spread_jax._files import LEFTOVER, flush_folder, open_regular, read_json, replacing, write_atomically
 from spread_jax.data.errors import DatasetError
 from spread_jax.data.source import Source, digest
 from spread_jax.data.stall import watched
@@ -27,10 +29,16 @@ try:
 except ImportError:  # Not a POSIX system: one process at a time must build.
     fcntl = None  # type: ignore[assignment]
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BLOCK_BYTES = 16 * 1024 * 1024
 
 Report = Callable[[str | None, int, int], None]
+
+# What the cache puts into its folder, and what it names there while it builds: nothing else is ever removed.
+_FILES = ("images.npy", "labels.npy", "meta.json")
+_BUILDING = re.compile(r"(.+-(?:train|validation|test)-[0-9a-f]{10}(?:-first\d+)?)\.[0-9a-f]{16}\.building")
+_told: set[tuple[str, str]] = set()  # remarks on sources
+_verified: set[tuple] = set()  # files whose pixels this process has found to be those that were decoded
 
 
 class Cached(NamedTuple):
@@ -59,7 +67,8 @@ def cached_arrays(
 
     Each entry is a folder `NAME-SPLIT-KEY-FINGERPRINT` with `images.npy`, `labels.npy` where there
     are labels, and `meta.json`. It is written under another name in the same folder, flushed to
-    disk and renamed, under a file lock that ends with the process that holds it.
+    disk and renamed, under a file lock that ends with the process that holds it. The first time a
+    process opens it, pixels and labels are hashed and compared with what was decoded.
 
     Args:
         source: what to decode.
@@ -88,16 +97,20 @@ def cached_arrays(
         with _locked(entry.lock_path, progress):
             found = entry.load()  # Another process may have built it while this one waited.
             if found is None:
-                _remove_leftovers(root)
+                _remove_leftovers(root, entry.lock_path)
                 stale = entry.stale()
                 if stale:
                     progress(f"{source.description} has changed: decoding it again", 0, count)
                 elif entry.path.exists():
                     progress(f"the cache {entry.path} is damaged: decoding it again", 0, count)
+                if source.remark and (source.location, source.remark) not in _told:
+                    _told.add((source.location, source.remark))
+                    progress(source.remark, 0, count)
                 _check_space(root, needed)
                 entry.build(progress)
                 for old in stale:
-                    shutil.rmtree(old, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        _remove_entry(old)
                 found = entry.load()
     if found is None:
         raise DatasetError(
@@ -147,13 +160,14 @@ class _Entry:
     def load(self) -> Cached | None:
         """The arrays, or None where the entry is missing or not what it should be."""
         try:
-            meta = json.loads((self.path / "meta.json").read_text())
+            meta = read_json(self.path / "meta.json")
             if meta.get("format") != FORMAT_VERSION or tuple(meta["shape"]) != self._shape:
                 return None
             if meta["fingerprint"] != self._source.fingerprint:
                 return None
             for name, size in meta["files"].items():
-                if (self.path / name).stat().st_size != size:
+                status = (self.path / name).lstat()
+                if status.st_size != size or not stat.S_ISREG(status.st_mode):
                     return None
             pixels = str(meta["pixels"])
             images = np.load(self.path / "images.npy", mmap_mode="r", allow_pickle=False)
@@ -165,14 +179,19 @@ class _Entry:
             return None
         if not isinstance(images, np.ndarray) or images.shape != self._shape or images.dtype != np.uint8:
             return None
-        if labels is not None and labels.shape != self._shape[:1]:
+        if labels is not None and (labels.shape != self._shape[:1] or _digest_of(labels) != meta.get("labels")):
             return None
+        status = (self.path / "images.npy").stat()
+        key = (self.path, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        if key not in _verified:
+            if _digest_of(images) != pixels:
+                return None
+            _verified.add(key)
         return Cached(images, labels, pixels)
 
     def build(self, progress: Report) -> None:
         """Decode block by block into a temporary sibling and rename it."""
-        temporary = self.path.parent / f"{self._stem}.building"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = self.path.parent / f"{self._stem}.{secrets.token_hex(8)}.building"
         temporary.mkdir()
         try:
             labels, pixels = self._write_images(temporary / "images.npy", progress)
@@ -189,15 +208,17 @@ class _Entry:
                 "shape": self._shape,
                 "dtype": "uint8",
                 "pixels": pixels,
+                "labels": None if labels is None else _digest_of(labels),
                 "files": {path.name: path.stat().st_size for path in sorted(temporary.iterdir())},
             }
             write_atomically(temporary / "meta.json", json.dumps(meta, indent=1))
-            if self.path.exists():
-                shutil.rmtree(self.path)
+            if os.path.lexists(self.path):
+                _remove_entry(self.path)
             os.rename(temporary, self.path)
             flush_folder(self.path.parent)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                _remove_entry(temporary)
             raise
 
     def _write_images(self, path: Path, progress: Report) -> tuple[np.ndarray | None, str]:
@@ -225,9 +246,17 @@ class _Entry:
         return np.concatenate(labels) if labels else None, pixels.hexdigest()
 
 
+def _digest_of(array: np.ndarray) -> str:
+    """SHA-256 of an array's bytes, in parts: another thread may run meanwhile."""
+    sha = hashlib.sha256()
+    for start in range(0, len(array), step := max(1, BLOCK_BYTES // max(array[:1].nbytes, 1))):
+        sha.update(np.ascontiguousarray(array[start : start + step]))
+    return sha.hexdigest()
+
+
 @contextlib.contextmanager
 def _locked(path: Path, progress: Report) -> Iterator[None]:
-    with open(path, "ab") as file:
+    with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
         if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -237,16 +266,26 @@ def _locked(path: Path, progress: Report) -> Iterator[None]:
         yield
 
 
-def _remove_leftovers(root: Path) -> None:
-    """Delete the temporary folders of builds whose process is gone (their lock is free)."""
-    for folder in root.glob("*.building"):
-        try:
-            with open(folder.with_suffix(".lock"), "ab") as file:
-                if fcntl is not None:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        except OSError:
-            continue  # Its builder is alive, or it is this one's own, which build() clears.
+def _remove_entry(folder: Path) -> None:
+    """Removes a folder of the cache, if there is nothing in it but what the cache puts there."""
+    names = os.listdir(folder)
+    foreign = [name for name in names if name not in _FILES and not LEFTOVER.fullmatch(name)]
+    if folder.is_symlink() or foreign:
+        raise OSError(errno.EEXIST, f"{folder} is a link or holds other things than decoded images")
+    for name in names:
+        os.unlink(folder / name)
+    os.rmdir(folder)
+
+
+def _remove_leftovers(root: Path, held: Path) -> None:
+    """Delete the temporary folders of builds whose process is gone: their lock is free, or held here."""
+    for folder in root.iterdir():
+        if (name := _BUILDING.fullmatch(folder.name)) is None:
+            continue
+        with contextlib.suppress(OSError), open_regular(lock := root / f"{name[1]}.lock", os.O_RDWR) as file:
+            if fcntl is not None and lock != held:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its builder is alive
+            _remove_entry(folder)
 
 
 def _check_space(root: Path, needed: int) -> None:

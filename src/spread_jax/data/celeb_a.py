@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from spread_jax.data import tfds_directory
@@ -14,39 +16,76 @@ from spread_jax.data.source import Source
 ARCHIVE = "img_align_celeba.zip"
 FOLDER = "img_align_celeba"
 PARTITION = "list_eval_partition.txt"
+_LISTS = (PARTITION, "list_eval_partition.csv")
 CROP = tfds_directory.DEFAULT_CROPS["celeb_a"]
 
 
 def is_official(path: Path) -> bool:
-    """Whether a path is a folder of CelebA's official files (or the archive in one)."""
-    if path.is_file() or path.name == FOLDER:
-        return path.name in (ARCHIVE, FOLDER) and (path.parent / PARTITION).is_file()
-    return (path / PARTITION).is_file() or (path / ARCHIVE).is_file()
+    """Whether a path is CelebA's official images, or a folder with them or with their list of splits."""
+    return any(_parts(folder) != (None, None) for folder in _folders(path))
 
 
 def official_files(path: Path) -> tuple[Path, Path]:
-    """The images (zip, or else extracted folder) and the partition list of a folder.
+    """The images (zip, or else extracted folder) and the list of splits, as the authors or Kaggle lay them.
 
     Raises:
         DatasetError: one of them is missing.
     """
-    folder = path.parent if path.is_file() or path.name == FOLDER else path
-    wanted = (path,) if path != folder else (folder / ARCHIVE, folder / FOLDER)
-    images = next((candidate for candidate in wanted if candidate.exists()), None)
-    missing = [ARCHIVE] * (images is None) + [PARTITION] * (not (folder / PARTITION).is_file())
-    if missing or images is None:
+    found = [parts for folder in _folders(path) if (parts := _parts(folder)) != (None, None)]
+    images, partition = next((parts for parts in found if None not in parts), found[0] if found else (None, None))
+    if path.is_file() or path.name == FOLDER:
+        images = path
+    missing = [ARCHIVE] * (images is None) + [PARTITION] * (partition is None)
+    if missing or images is None or partition is None:
         raise DatasetError(
-            f"{folder} looks like CelebA's official files, but {' and '.join(missing)} is not "
+            f"{path} looks like CelebA's official files, but {' and '.join(missing)} is not "
             f"there: put {ARCHIVE} (or the extracted {FOLDER}) and {PARTITION} in one folder."
         )
-    return images, folder / PARTITION
+    return images, partition
+
+
+def _folders(path: Path) -> list[Path]:
+    """Where the files of a set may lie that is named by this path."""
+    if path.is_file() or path.name == FOLDER:
+        if path.name not in (ARCHIVE, FOLDER):
+            return []
+        above = [path.parent, path.parent.parent]  # Kaggle's folder lies in another of its name
+        return [path, *above] if path.is_dir() else above
+    with contextlib.suppress(OSError):
+        return [path, *sorted(below for below in path.iterdir() if below.is_dir() and not below.is_symlink())]
+    return [path]
+
+
+def _parts(folder: Path) -> tuple[Path | None, Path | None]:
+    """The images and the list of splits in a folder, or in the folders that the authors give them."""
+    first = lambda paths, kind: next((path for path in paths if kind(path)), None)
+    partition = first((folder / part / name for part in ("", "Eval", "Anno") for name in _LISTS), Path.is_file)
+    images = first((folder / part / ARCHIVE for part in ("", "Img")), Path.is_file)
+    images = images or first((folder / part / FOLDER for part in ("", "Img")), Path.is_dir)
+    return images, partition
+
+
+def refuse_to_guess(path: Path, names: Sequence[str]) -> None:
+    """Refuses to split by hash what is named like CelebA: its official test images would be trained on.
+
+    Raises:
+        DatasetError: it is.
+    """
+    folders = {part.lower() for name in names for part in PurePosixPath(name).parts[:-1]}
+    folders |= {part.lower() for part in path.resolve().parts[-2:]}
+    numbered = sum(bool(re.fullmatch(r"\d{6}\.(jpg|png)", PurePosixPath(name).name)) for name in names)
+    if any(FOLDER in folder or ("celeb" in folder and numbered > len(names) / 2) for folder in folders):
+        raise DatasetError(
+            f"{path} looks like CelebA without its official split: put {PARTITION} beside {ARCHIVE} (or the extracted "
+            f"{FOLDER}) and pass the folder of both; if it is another set, rename it."
+        )
 
 
 def read_partition(path: Path) -> dict[str, str]:
     """The official split: lines `000001.jpg 0`, with 0 train, 1 validation, 2 test.
 
     Args:
-        path: `list_eval_partition.txt`; a CSV with a header line is read too.
+        path: `list_eval_partition.txt`; a CSV with a header line, as Kaggle has it, is read too.
 
     Returns:
         from file name to split, in the file's order.
@@ -55,7 +94,7 @@ def read_partition(path: Path) -> dict[str, str]:
         DatasetError: a line of another form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DatasetError(f"{path} cannot be read ({error}).") from error
     partition = {}

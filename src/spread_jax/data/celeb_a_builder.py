@@ -42,7 +42,8 @@ def prepare_celeb_a(archive_dir: str | os.PathLike, data_dir: str | os.PathLike)
     tfds = import_tfds()
     images, partition_path = official_files(Path(archive_dir).expanduser())
     partition = read_partition(partition_path)
-    table = _read_attributes(images.parent / ATTRIBUTES)
+    beside = next((f for f in (images.parent, partition_path.parent) if (f / ATTRIBUTES).is_file()), images.parent)
+    table = _read_attributes(beside / ATTRIBUTES)
     with listed(images) as listing:
         try:
             splits = match_partition(listing.stamps, partition, images)

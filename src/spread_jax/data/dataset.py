@@ -14,7 +14,7 @@ import numpy as np
 from spread_jax._progress import Progress
 from spread_jax.data.cache import Report, cached_arrays
 from spread_jax.data.errors import DatasetError
-from spread_jax.data.files import SPLITS, assign_splits, files_source, listed
+from spread_jax.data.files import SPLITS, assign_splits, files_source, listed, split_folders
 from spread_jax.data.images import Transform
 from spread_jax.data.source import Source
 from spread_jax.data.stall import watched
@@ -95,7 +95,7 @@ def open_dataset(
     TFDS folder, the official archive in TFDS's manual folder, or a download), `mnist` (a prepared
     TFDS folder). Paths: a folder of images or a zip of them, searched to the bottom; a folder or
     file in the idx format; a prepared TFDS folder; a folder with CelebA's `img_align_celeba.zip`
-    (or the extracted `img_align_celeba/`) and `list_eval_partition.txt`.
+    (or the extracted `img_align_celeba/`) and `list_eval_partition.txt` (or Kaggle's `.csv`), or one above it.
 
     Official splits are used where there are any. Without an official validation split, it is the
     last tenth of train (of a `train` folder: a tenth by hash). Without any splits, each file's name
@@ -203,7 +203,10 @@ def _find_source(name: str, split: str, image_size: int | None, crop: int | None
             f"{path} is a single file that is neither a zip nor in the idx format: pass a folder or zip of images."
         )
     with listed(path) as listing:
-        names = assign_splits(list(listing.stamps), path)[split]
+        names = list(listing.stamps)
+        if split_folders(names, path) is None:
+            celeb_a.refuse_to_guess(path, names)
+        names = assign_splits(names, path)[split]
         kind = "folder" if path.is_dir() else "zip"
         transform = Transform(image_size or 64, crop, channels or 3)
         short = path.resolve().stem if kind == "zip" else path.resolve().name

@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
+import threading
 import unicodedata
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePosixPath
@@ -19,50 +22,52 @@ from spread_jax.data.errors import DatasetError
 from spread_jax.data.images import (
     IMAGE_SUFFIXES,
     MAX_BYTES,
+    OTHER_PICTURES,
     Transform,
     decode_image,
     quiet_pillow,
     refuse_bomb,
     require_pillow,
 )
-from spread_jax.data.source import Block, Source, digest
+from spread_jax.data.source import Block, Source, digest, stamp
 from spread_jax.data.stall import reading
 
 SPLITS = ("train", "validation", "test")
-_SPLIT_FOLDERS = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-}
+_SPLIT_FOLDER = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:at(?:e|ion))?)?|dev)|(?P<test>test(?:ing|s)?))"
+    r"(?:[_ -]?(?:set|data|images?|imgs?|\d{4}))?"
+)
+_LARGE_FILE = 16 * 1024 * 1024
+_one_large_file = threading.Lock()
 
 
 class Listing(NamedTuple):
     """The image files of a folder or zip.
 
     `stamps` maps each file's relative name to text that changes when the file does; `read` returns
-    the bytes of one name.
+    the bytes of one name; `passed_over` counts pictures that cannot be read, by the end of their name.
     """
 
     path: Path
     stamps: Mapping[str, str]
     read: Callable[[str], bytes]
     close: Callable[[], None]
+    passed_over: Counter
 
 
 def list_folder(path: Path) -> Listing:
     """Find image files in a folder and all below it; other files are passed over by their name."""
     root = path.resolve()
-    stamps = {}
-    for name, file in _walk(root, root, "", frozenset()):
+    stamps: dict[str, str] = {}
+    passed_over: Counter = Counter()
+    for name, file in _walk(root, passed_over):
         reading(file)
         status = file.stat()
-        stamps[name] = f"{status.st_size} {status.st_mtime_ns}"
+        stamps[name] = stamp(status)
         if status.st_size > MAX_BYTES:
             raise DatasetError(f"{file} holds {status.st_size:,} bytes: too large for an image.")
     if not stamps:
-        raise DatasetError(_nothing_found(path, "folder"))
+        raise DatasetError(_nothing_found(path, "folder", passed_over))
 
     def read(name: str) -> bytes:
         try:
@@ -70,42 +75,66 @@ def list_folder(path: Path) -> Listing:
         except OSError as error:
             raise DatasetError(f"{root / name} cannot be read ({error.strerror or error}).") from error
 
-    return Listing(path, dict(sorted(stamps.items())), read, lambda: None)
+    return Listing(path, dict(sorted(stamps.items())), read, lambda: None, passed_over)
 
 
-def _walk(root: Path, folder: Path, prefix: str, above: frozenset[Path]) -> Iterator[tuple[str, Path]]:
-    reading(folder)
-    above = above | {folder.resolve()}
-    try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        raise DatasetError(f"{folder} cannot be listed ({error.strerror or error}).") from error
-    for entry in entries:
-        name, path = prefix + entry.name, folder / entry.name
-        if _hidden(entry.name):
-            continue
-        if entry.is_symlink():
-            try:
-                target = path.resolve()
-            except (OSError, RuntimeError) as error:
-                raise DatasetError(f"{path} is a symbolic link in a circle: remove it.") from error
-            if not target.is_dir() and not _is_image(name):
+def _walk(root: Path, passed_over: Counter) -> Iterator[tuple[str, Path]]:
+    """The image files below a folder; each folder once, under its own name if it has one that is not hidden."""
+    waiting, linked, seen = [(root, "")], [], set()
+    while waiting or linked:
+        folder, prefix = (waiting or linked).pop()
+        reading(folder)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
                 continue
-            if not target.is_relative_to(root):
-                raise DatasetError(
-                    f"{path} is a symbolic link to {target}, outside of the folder {root}: links "
-                    "are followed inside the folder only; copy the files there."
-                )
-            if not target.exists():
-                raise DatasetError(f"{path} is a symbolic link to {target}, which does not exist.")
-            if target in above:
-                continue  # A link to a folder that contains it.
-        if entry.is_dir():
-            yield from _walk(root, path, name + "/", above)
-        elif _is_image(name):
-            if not entry.is_file():
-                raise DatasetError(f"{path} is neither a file nor a folder: remove it.")
-            yield name, path
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            raise DatasetError(f"{folder} cannot be listed ({error.strerror or error}).") from error
+        for entry in entries:
+            name, path = prefix + entry.name, folder / entry.name
+            if _hidden(entry.name):
+                continue
+            if entry.is_symlink() and not _leads_inside(path, root):
+                continue
+            if entry.is_dir():
+                (linked if entry.is_symlink() else waiting).append((path, name + "/"))
+            elif _is_image(name):
+                if not entry.is_file():
+                    raise DatasetError(f"{path} is neither a file nor a folder: remove it.")
+                yield name, path
+            else:
+                _pass_over(name, passed_over)
+
+
+def _leads_inside(path: Path, root: Path) -> bool:
+    """Whether a link leads to a folder or an image inside of the root; one to anything else is passed over."""
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise DatasetError(f"{path} is a symbolic link in a circle: remove it.") from error
+    if not target.is_dir() and not _is_image(path.name):
+        return False
+    if not target.is_relative_to(root):
+        raise DatasetError(
+            f"{path} is a symbolic link to {target}, outside of the folder {root}: links "
+            "are followed inside the folder only; copy the files there."
+        )
+    if not target.exists():
+        raise DatasetError(f"{path} is a symbolic link to {target}, which does not exist.")
+    return True
+
+
+def _pass_over(name: str, passed_over: Counter) -> None:
+    if (suffix := PurePosixPath(name).suffix.lower()) in OTHER_PICTURES:
+        passed_over[suffix] += 1
+
+
+def told_of(passed_over: Counter) -> str:
+    """Which pictures are not read, as a sentence; empty where there are none."""
+    counts = " and ".join(f"{count:,} {suffix}" for suffix, count in sorted(passed_over.items()))
+    return f"{counts} files are passed over: convert them to JPEG or PNG to use them" if counts else ""
 
 
 def _hidden(part: str) -> bool:
@@ -116,9 +145,10 @@ def _is_image(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
 
-def _nothing_found(path: Path, kind: str) -> str:
+def _nothing_found(path: Path, kind: str, passed_over: Counter) -> str:
     known = " ".join(sorted(IMAGE_SUFFIXES))
-    return f"The {kind} {path} holds no image files: names ending in {known} are looked for."
+    more = f" {told_of(passed_over)}." if passed_over else ""
+    return f"The {kind} {path} holds no image files: names ending in {known} are looked for.{more}"
 
 
 def list_zip(path: Path) -> Listing:
@@ -133,7 +163,7 @@ def list_zip(path: Path) -> Listing:
     except OSError as error:
         raise DatasetError(f"{path} cannot be read ({error.strerror or error}).") from error
     try:
-        stamps = _zip_members(path, archive)
+        stamps, passed_over = _zip_members(path, archive)
         sizes = {info.filename: info.file_size for info in archive.infolist()}
     except BaseException:
         archive.close()
@@ -149,11 +179,11 @@ def list_zip(path: Path) -> Listing:
                 f"The member {name} of {path} cannot be read ({error}): the zip is damaged; fetch it again."
             ) from error
 
-    return Listing(path, stamps, read, archive.close)
+    return Listing(path, stamps, read, archive.close, passed_over)
 
 
-def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
-    stamps = {}
+def _zip_members(path: Path, archive: zipfile.ZipFile) -> tuple[dict[str, str], Counter]:
+    stamps, passed_over = {}, Counter()
     unpacked = 0
     for info in archive.infolist():
         name = info.filename
@@ -163,7 +193,10 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
                 f"{path} has a member named {name!r}, which points outside of the archive: "
                 "such a zip is not read; make it again with relative names."
             )
-        if info.is_dir() or not _is_image(name) or any(_hidden(part) for part in parts):
+        if info.is_dir() or any(_hidden(part) for part in parts):
+            continue
+        if not _is_image(name):
+            _pass_over(name, passed_over)
             continue
         if info.flag_bits & 1:
             raise DatasetError(f"The member {name} of {path} is encrypted: make it again without.")
@@ -181,18 +214,18 @@ def _zip_members(path: Path, archive: zipfile.ZipFile) -> dict[str, str]:
             raise DatasetError(f"{path} has two members named {name}: make it again.")
         stamps[name] = f"{info.file_size} {info.CRC:08x}"
     if not stamps:
-        raise DatasetError(_nothing_found(path, "zip"))
+        raise DatasetError(_nothing_found(path, "zip", passed_over))
     refuse_bomb(path, path.stat().st_size, unpacked)
-    return dict(sorted(stamps.items()))
+    return dict(sorted(stamps.items())), passed_over
 
 
 def assign_splits(names: Sequence[str], path: Path) -> dict[str, list[str]]:
     """Which names belong to which split.
 
-    Where the first folder below the common one is `train`, `validation` (or `valid`, `val`) or
-    `test`, it decides; without a validation folder, a tenth of train is held out by hash. Otherwise
-    each name's own hash decides, 90/5/5, so that adding files moves none. In a set so small that a
-    split would be empty (of three files or more), the largest split gives it one.
+    Where the first folder below the common one is `train`, `validation` or `test`, or the like (`training`, `val`,
+    `test_images`, `train2017`), it decides; without a validation folder, a tenth of train is held out by hash.
+    Otherwise each name's own hash decides, 90/5/5, so that adding files moves none. In a set so small that a split
+    would be empty (of three files or more), the largest split gives it one.
 
     Args:
         names: relative names with forward slashes.
@@ -201,7 +234,7 @@ def assign_splits(names: Sequence[str], path: Path) -> dict[str, list[str]]:
     Returns:
         for each of train, validation and test a sorted list of names.
     """
-    folders = _split_folders(names, path)
+    folders = split_folders(names, path)
     if folders is not None:
         if not folders["validation"]:
             for name in list(folders["train"]):
@@ -226,18 +259,23 @@ def assign_splits(names: Sequence[str], path: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _split_folders(names: Sequence[str], path: Path) -> dict[str, list[str]] | None:
+def split_folders(names: Sequence[str], path: Path) -> dict[str, list[str]] | None:
+    """What folders named after splits say of the names; None where there are none.
+
+    Raises:
+        DatasetError: images lie beside such folders.
+    """
     common = PurePosixPath(os.path.commonpath(names))
     if len(names) == 1 or _is_image(str(common)):
         common = common.parent
-    if common.name.lower() in _SPLIT_FOLDERS:
+    if _split_of(common.name):
         common = common.parent
     depth = len(common.parts)
     splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     outside = []
     for name in sorted(names):
         parts = PurePosixPath(name).parts[depth:]
-        split = _SPLIT_FOLDERS.get(parts[0].lower()) if len(parts) > 1 else None
+        split = _split_of(parts[0]) if len(parts) > 1 else None
         (splits[split] if split else outside).append(name)
     if not splits["train"]:
         return None  # A class may well be called "test".
@@ -248,6 +286,12 @@ def _split_folders(names: Sequence[str], path: Path) -> dict[str, list[str]] | N
             "folder train."
         )
     return splits
+
+
+def _split_of(folder: str) -> str | None:
+    """The split that a folder's name means."""
+    found = _SPLIT_FOLDER.fullmatch(folder.lower())
+    return None if found is None else found.lastgroup
 
 
 def _uniform(name: str) -> float:
@@ -268,7 +312,9 @@ def files_source(
     pools: list[ThreadPool] = []  # made at the first read; its threads do not keep a process alive
 
     def decode(file: str) -> np.ndarray:
-        return decode_image(listing.read(file), transform, f"{listing.path}/{file}")
+        large = int(listing.stamps[file].split()[0]) > _LARGE_FILE
+        with _one_large_file if large else contextlib.nullcontext():
+            return decode_image(listing.read(file), transform, f"{listing.path}/{file}")
 
     def read(start: int, stop: int) -> Block:
         if not pools:
@@ -297,6 +343,7 @@ def files_source(
         settings=str(transform),
         read=read,
         close=close,
+        remark=told_of(listing.passed_over),
     )
 
 

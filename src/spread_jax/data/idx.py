@@ -14,7 +14,7 @@ import numpy as np
 
 from spread_jax.data.errors import DatasetError
 from spread_jax.data.images import Transform, refuse_bomb, transform_array
-from spread_jax.data.source import Block, Source, digest
+from spread_jax.data.source import Block, Source, digest, stamp
 from spread_jax.data.stall import reading
 
 _TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -178,11 +178,7 @@ def idx_source(path: Path, split: str, image_size: int | None, crop: int | None,
             block = transform_array(block, transform, images_path.name)
         return Block(block, None if labels is None else labels[rows])
 
-    stamps = [
-        (file.name, file.stat().st_size, file.stat().st_mtime_ns)
-        for file in (images_path, labels_path)
-        if file is not None
-    ]
+    stamps = [f"{file.name} {stamp(file.stat())}" for file in (images_path, labels_path) if file is not None]
     return Source(
         name=path.name.split(".")[0] or "idx",
         location=str(path.resolve()),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,13 +17,48 @@ from spread_jax.data.errors import DatasetError
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"))
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+)
+# Pictures too, which are passed over and told of.
+OTHER_PICTURES = frozenset(
+    (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".tga", ".dng", ".cr2", ".nef", ".arw", ".raw")
+)
 # Only these are decoded, whatever a file's name: others hand the file to programs outside, as EPS does to Ghostscript.
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 64 * 1024 * 1024
 MAX_BYTES = 256 * 1024 * 1024
 _MAX_RATIO = 200
 _ALWAYS_ALLOWED = 1024 * 1024 * 1024
+
+
+class _Room:
+    """Pixels that all threads may decode at once: a picture takes up to three times 4 bytes for each of its own."""
+
+    def __init__(self, pixels: int):
+        self._free, self._changed = pixels, threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
+
+
+def _give_back(pixels: int) -> None:
+    """Frees what the C library keeps of a large picture for its thread, where it is that of GNU."""
+    if pixels > 4 * 1024 * 1024:
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+_room = _Room(MAX_PIXELS)
 
 
 class Transform(NamedTuple):
@@ -106,9 +143,15 @@ def decode_image(encoded: bytes, transform: Transform, name: str) -> np.ndarray:
                     f"{name} is {image.width}x{image.height} pixels, more than the "
                     f"{MAX_PIXELS:,} that are decoded from one file: shrink or remove it."
                 )
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _finish(_eight_bit(upright, transform.channels, name), transform, name)
+            pixels = image.width * image.height
+            with _room.taken(pixels):
+                try:
+                    image.load()
+                    ImageOps.exif_transpose(image, in_place=True)
+                    return _finish(_eight_bit(image, transform.channels, name), transform, name)
+                finally:
+                    image.close()
+                    _give_back(pixels)
     except DatasetError:
         raise
     except Image.DecompressionBombError as error:
@@ -164,8 +207,9 @@ def _finish(image: Image.Image, transform: Transform, name: str) -> np.ndarray:
             f"{name} is {image.width}x{image.height} pixels, smaller than the {crop}x{crop} centre "
             f"crop: pass crop={min(image.size)} or less (or remove the file)."
         )
-    left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    image = image.crop((left, top, left + crop, top + crop))
+    if image.size != (crop, crop):
+        left, top = (image.width - crop) // 2, (image.height - crop) // 2
+        image = image.crop((left, top, left + crop, top + crop))
     size = transform.image_size
     if crop != size:
         shrink = crop > size

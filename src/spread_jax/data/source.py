@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -31,6 +32,7 @@ class Source:
         settings: text that determines how the images were made from the source (crop and such).
         read: `read(start, stop)` returns the examples of that range as a `Block`.
         close: frees what `read` holds open.
+        remark: what a user should know of the source before it is decoded, or nothing.
     """
 
     name: str
@@ -42,6 +44,12 @@ class Source:
     settings: str
     read: Callable[[int, int], Block]
     close: Callable[[], None] = lambda: None
+    remark: str = ""
+
+
+def stamp(status: os.stat_result) -> str:
+    """Text that changes when a file is written to, even where its size and its time are set back afterwards."""
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def digest(parts: Iterable[object]) -> str:

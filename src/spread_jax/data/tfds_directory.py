@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from spread_jax.data.errors import DatasetError
 from spread_jax.data.images import Transform, decode_image, quiet_pillow, require_pillow
-from spread_jax.data.source import Block, Source, digest
+from spread_jax.data.source import Block, Source, digest, stamp
 
 DEFAULT_CROPS = {"celeb_a": 140}
 DEFAULT_SIZES = {"mnist": 28}
+_one_reader = threading.Lock()
 INSTALL = 'pip install "spread-jax[data]"'
 
 
@@ -31,7 +34,10 @@ def import_tfds():
 
 def data_dir() -> Path:
     """Where TFDS keeps prepared sets: $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    try:
+        return Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    except RuntimeError as error:
+        raise DatasetError("This user has no home folder: set the variable TFDS_DATA_DIR to that of TFDS.") from error
 
 
 def is_prepared(path: Path) -> bool:
@@ -71,31 +77,30 @@ def locate(name: str) -> Path:
     return found
 
 
-def _refuse_foreign_code(path: Path) -> None:
-    """TFDS imports whatever module a set's features name: only its own may be named.
+@contextlib.contextmanager
+def _known_features_only(tfds, path: Path) -> Iterator[None]:
+    """TFDS imports whatever module a set's features name, at any depth: here it finds those it has, and no more.
 
     Raises:
-        DatasetError: another is, or the file cannot be read.
+        DatasetError: another is named.
     """
-    try:
-        waiting = [json.loads((path / "features.json").read_text(encoding="utf-8"))]
-    except (OSError, ValueError, RecursionError) as error:
-        raise DatasetError(
-            f"The metadata in {path} cannot be read ({type(error).__name__}: {error}): prepare the set again."
-        ) from error
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, dict):
-            for key in ("pythonClassName", "python_class_name", "type"):
-                name = found.get(key)
-                if isinstance(name, str) and "." in name and not name.startswith("tensorflow_datasets."):
-                    raise DatasetError(
-                        f"{path / 'features.json'} names the class {name}, which is not one of tensorflow_datasets: "
-                        "reading it would import that code; prepare the set again with features of tensorflow_datasets."
-                    )
-            waiting.extend(found.values())
-        elif isinstance(found, list):
-            waiting.extend(found)
+    connector = tfds.features.FeatureConnector
+    known, found = connector._registered_features, connector.__dict__["cls_from_name"]
+
+    def look_up(cls, name: str) -> type:
+        if name not in known:
+            raise DatasetError(
+                f"{path / 'features.json'} names the class {name}, which is not one of tensorflow_datasets: "
+                "reading it would import that code; prepare the set again with features of tensorflow_datasets."
+            )
+        return known[name]
+
+    with _one_reader:
+        connector.cls_from_name = classmethod(look_up)
+        try:
+            yield
+        finally:
+            connector.cls_from_name = found
 
 
 def tfds_source(path: Path, split: str, image_size: int | None, crop: int | None, channels: int | None) -> Source:
@@ -108,10 +113,12 @@ def tfds_source(path: Path, split: str, image_size: int | None, crop: int | None
     """
     require_pillow()
     tfds = import_tfds()
-    _refuse_foreign_code(path)
     try:
-        builder = tfds.builder_from_directory(os.fspath(path))
-        features, splits = builder.info.features, builder.info.splits
+        with _known_features_only(tfds, path):
+            builder = tfds.builder_from_directory(os.fspath(path))
+            features, splits = builder.info.features, builder.info.splits
+    except DatasetError:
+        raise
     except Exception as error:  # TFDS raises many types on damaged metadata.
         raise DatasetError(
             f"The metadata in {path} cannot be read ({type(error).__name__}: {error}): prepare the set again."
@@ -142,7 +149,7 @@ def tfds_source(path: Path, split: str, image_size: int | None, crop: int | None
     try:
         data = builder.as_data_source(stored, decoders=decoders)
         names = [Path(file) for file in splits[stored].filepaths]
-        stamps = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in names]
+        stamps = [f"{file.name} {stamp(file.stat())}" for file in names]
     except (NotImplementedError, ValueError, ImportError) as error:
         raise DatasetError(
             f"{path} is in the format {builder.info.file_format}, which cannot be read without "

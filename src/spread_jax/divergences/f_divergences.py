@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 __all__ = [
     "FDivergence",
+    "check_divergence",
     "chi_squared",
     "f_divergence",
     "jensen_shannon",
@@ -89,6 +90,15 @@ class FDivergence:
             raise ValueError(f"log_p and log_q must have one shape [..., n], got {log_p.shape} and {log_q.shape}.")
         mixture = 0.5 * (jnp.exp(log_p) + jnp.exp(log_q))
         return (mixture * self.from_mixture(log_p - log_q)).sum(axis=-1)
+
+
+def check_divergence(name: str, value) -> None:
+    """Refuses what is no FDivergence."""
+    if not isinstance(value, FDivergence):
+        raise TypeError(
+            f"{name} must be an FDivergence such as spread_jax.kl, got {type(value).__name__}; make one of your own f "
+            "with f_divergence(f)."
+        )
 
 
 def f_divergence(

@@ -12,7 +12,7 @@ from spread_jax._checks import check_batch, check_count, check_same_event, check
 from spread_jax._pairwise import exp2, is_product, product, split_distances, squares
 from spread_jax._pytree import frozen_pytree
 from spread_jax.noise import SpreadNoise, TransformedNoise
-from spread_jax.noise._protocol import check_noise
+from spread_jax.noise._protocol import check_noise, example_axes
 
 __all__ = ["log_spread_density"]
 
@@ -49,7 +49,8 @@ def log_spread_density(
       y: [m, *event], where to evaluate.
       atoms: [n, *event], the samples x_n of p. Under a TransformedNoise the transform is applied to all of
         them, once.
-      noise: the spread noise p(y|x).
+      noise: the spread noise p(y|x). With a scale for each y, [m, 1, ...], the result for y is that of its scale; such
+        pairs are expanded, in blocks of y, and `chunk_size` has no say.
       log_weights: [n], logarithms of the atoms' weights up to a constant (they are normalised here); -inf
         leaves an atom out. Equal weights by default.
       chunk_size: the edge of a block of pairs; by default at most 2^22 pairs, fewer where events must be
@@ -94,6 +95,8 @@ def log_spread_density(
         log_weights = jax.nn.log_softmax(log_weights)
     if num_y == 0:
         return jnp.zeros(0, dtype)
+    if 0 in example_axes(noise, y):
+        return _of_examples(y, atoms, log_weights, noise)
     edge = _chunk_edge(noise, y) if chunk_size is None else check_count("chunk_size", chunk_size)
     if hasattr(noise, "standardise") and num_atoms > edge:
         u, v, log_constant = noise.standardise(y, atoms)
@@ -104,6 +107,23 @@ def log_spread_density(
         _blocks(y, edge), _blocks(atoms, edge), _blocks(log_weights, edge, -jnp.inf), noise
     )
     return log_density.reshape(-1)[:num_y]
+
+
+def _of_examples(y, atoms, log_weights, noise):
+    """log p~(y) where each y has a noise of its own, a few of them at once."""
+    leaves, structure = jax.tree_util.tree_flatten(noise)
+    axes = example_axes(noise, y)
+    own = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis == 0]
+
+    def one(y_and_own):
+        y, own = y_and_own
+        own = iter(own)
+        leaf_of_y = [next(own) if axis == 0 else leaf for leaf, axis in zip(leaves, axes, strict=True)]
+        noise = jax.tree_util.tree_unflatten(structure, leaf_of_y)
+        return jax.nn.logsumexp(noise.log_prob(jnp.broadcast_to(y, atoms.shape), atoms) + log_weights)
+
+    at_once = max(1, _EXPANDED_NUMBERS // max(atoms.size, 1))
+    return jax.lax.map(jax.checkpoint(one), (y, own), batch_size=min(at_once, y.shape[0]))
 
 
 def _chunk_edge(noise, y):

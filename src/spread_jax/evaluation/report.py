@@ -3,71 +3,51 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import io
 import itertools
-import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from spread_jax._files import write_atomically
+from spread_jax._files import read_json, read_regular, reason, write_atomically
 
 __all__ = ["write_report"]
 
-_MOST_SAMPLE_GRIDS = 12
+_MOST_STEPS = 12
+_MOST_BYTES = 2**26
+_MOST_PIXELS = 2**26
 _SPEED = ("images_per_second", "waiting_share", "seconds", "cpu_seconds", "device", "devices", "parameters")
 # Told in the title, in sections of their own, or shown as pictures.
 _ELSEWHERE = ("experiment", "preset", "seed", "versions", "evaluation", *_SPEED)
 
 
 class _Figure(NamedTuple):
-    section: str
     caption: str
-    real: bool = False  # shows images of the data set
-    pixels: bool = True  # a grid of small images, against a plot
-
-
-_FIGURES = {
-    "samples.png": _Figure("Samples", "Samples x = g(z), z from the prior; none is selected."),
-    "curves.png": _Figure("Curves", "Metrics against the step.", pixels=False),
-    "reconstructions.png": _Figure(
-        "Reconstructions", "Held-out images x, the noisy y that the encoder sees, and g of its mean.", real=True
-    ),
-    "interpolations.png": _Figure("Interpolations", "Each row: along the arc from one latent to another."),
-    "neighbours.png": _Figure(
-        "Nearest training images",
-        "First in each row a sample, then the training images nearest in features.",
-        real=True,
-    ),
-    "noise.png": _Figure("Learned noise", "What the learned spread noise does."),
-}
-_ORDER = (
-    "Figures",
-    "Samples",
-    "Curves",
-    "Reconstructions",
-    "Interpolations",
-    "Nearest training images",
-    "Learned noise",
-)
+    section: str = "Figures"
+    grid: bool = False  # made of small images, against a plot
+    real_images: bool = False
 
 
 def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_images: bool = True) -> Path:
     """Writes report.html into a run's folder from what lies there: config, results, tables, pictures.
 
     The file is whole in itself: pictures are embedded, nothing is fetched. What a run does not have is left out: an
-    unfinished run has no numbers yet.
+    unfinished run has no numbers yet. What cannot be read is named in its place, so a folder may come from anywhere;
+    links in it are not followed.
 
     Args:
-      run_dir: the folder, with config.json and any of results.json, table.md (pipe tables and plain paragraphs),
-        *.png and samples/*.png.
+      run_dir: the folder, with config.json and any of results.json, table.md (pipe tables and plain paragraphs) and
+        *.png, with what `RunDirectory.save_figure_path` was told of them. Of a picture name.png those at other steps,
+        name/step_*.png, are shown too.
       title: the heading; experiment, preset and seed if not given.
-      real_images: show pictures that hold images of the data set (reconstructions, nearest training images). False
-        leaves them out, for data that must not be passed on; the numbers stay.
+      real_images: show pictures that hold images of the data set. False leaves them out, for data that must not be
+        passed on; the numbers stay.
 
     Returns:
       The path of report.html.
@@ -84,8 +64,12 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
       'report.html'
     """
     folder = Path(run_dir)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    results = _read_results(folder)
+    if not os.path.lexists(folder / "config.json"):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(folder / "config.json"))
+    problems: list[str] = []
+    config, results = (_read(folder / name, problems) for name in ("config.json", "results.json"))
+    # Results may come from elsewhere, with anything under the names of the two tables.
+    results = {k: v for k, v in results.items() if k not in ("evaluation", "versions") or isinstance(v, Mapping)}
     parts = {k: results.get(k, config.get(k)) for k in ("experiment", "preset", "seed")}
     title = title or " ".join(
         filter(None, [str(parts["experiment"] or folder.name), str(parts["preset"] or ""),
@@ -96,69 +80,83 @@ def write_report(run_dir: str | os.PathLike, *, title: str | None = None, real_i
     numbers = {k: v for k, v in results.items() if k not in _ELSEWHERE}
     if numbers:
         sections["Key numbers"] = _table(numbers)
-    if tables := _markdown(folder / "table.md"):
+    if tables := _markdown(folder / "table.md", problems):
         sections["Tables"] = tables
     if results.get("evaluation"):
         sections["Evaluation"] = _table(results["evaluation"])
-    sections |= _pictures(folder, real_images)
+    sections |= _pictures(folder, real_images, problems)
     if speed := {k: results[k] for k in _SPEED if results.get(k) is not None}:
         sections["Speed"] = _table(speed)
     sections["Configuration"] = _table(config)
     if results.get("versions"):
         sections["Versions"] = _table(results["versions"])
     if not results:
-        sections = {"State": "<p>The run is not finished: there are no results yet.</p>"} | sections
+        problems.insert(0, "The run is not finished: there are no results yet.")
+    if problems:
+        sections = {"State": "".join(f"<p>{_text(sentence)}</p>" for sentence in problems)} | sections
 
     path = folder / "report.html"
     write_atomically(path, _page(title, sections))
     return path
 
 
-def _read_results(folder: Path) -> dict[str, Any]:
+def _read(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        return read_json(path)
+    except FileNotFoundError:
         return {}
-    if not isinstance(results, dict):
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.name} cannot be read: {reason(error)}")
         return {}
-    # Results may come from elsewhere, with anything under the names of the two tables.
-    return {k: v for k, v in results.items() if k not in ("evaluation", "versions") or isinstance(v, Mapping)}
 
 
 # --- pictures
 
 
-def _pictures(folder: Path, real_images: bool) -> dict[str, str]:
-    found: dict[str, list[str]] = {}
+def _pictures(folder: Path, real_images: bool, problems: list[str]) -> dict[str, str]:
+    figures = {name: _figure_of(name, told) for name, told in _read(folder / "figures.json", problems).items()}
+    found: dict[str, list[str]] = {section: [] for section in ("Figures", *(f.section for f in figures.values()))}
     for path in sorted(folder.glob("*.png")):
-        figure = _FIGURES.get(path.name, _Figure("Figures", _words(path.stem), pixels=False))
-        if figure.real and not real_images:
-            found.setdefault(figure.section, []).append("<p>Left out: the picture shows images of the data set.</p>")
-        elif path.name == "samples.png" and len(grids := _over_time(folder)) > 1:
-            found.setdefault(figure.section, []).append(_slider(grids, figure.caption))
-        else:
-            found.setdefault(figure.section, []).append(_figure(path, figure))
-    return {name: "\n".join(found[name]) for name in _ORDER if name in found}
+        figure = figures.get(path.name, _Figure(_words(path.stem)))
+        shown = found[figure.section]
+        if figure.real_images and not real_images:
+            shown.append("<p>Left out: the picture shows images of the data set.</p>")
+            continue
+        try:
+            steps = _over_time(folder / path.stem)
+            shown.append(_slider(steps, figure) if len(steps) > 1 else _show(path, figure))
+        except Exception as error:  # Pillow raises almost anything on a damaged file
+            problems.append(f"{path.name} cannot be shown: {reason(error)}")
+    return {name: "\n".join(shown) for name, shown in found.items() if shown}
+
+
+def _figure_of(name: str, told: Any) -> _Figure:
+    """What a run says of a figure; of a run from elsewhere, only what has the right type."""
+    fields = {"caption": str, "section": str, "grid": bool, "real_images": bool}
+    told = told if isinstance(told, Mapping) else {}
+    known = {field: told[field] for field, kind in fields.items() if isinstance(told.get(field), kind)}
+    return _Figure(**{"caption": _words(Path(name).stem), **known})
 
 
 def _over_time(folder: Path) -> list[tuple[int, Path]]:
-    """At most so many grids of samples, evenly spread over the steps, the first and the last among them."""
+    """At most so many pictures of other steps, evenly spread over them, the first and the last among them."""
     steps = []
-    for path in folder.glob("samples/step_*.png"):
-        if match := re.fullmatch(r"step_(\d+)", path.stem):
-            steps.append((int(match[1]), path))
+    if not folder.is_symlink():
+        for path in folder.glob("step_*.png"):
+            if match := re.fullmatch(r"step_(\d+)", path.stem):
+                steps.append((int(match[1]), path))
     steps.sort()
-    if len(steps) > _MOST_SAMPLE_GRIDS:
+    if len(steps) > _MOST_STEPS:
         last = len(steps) - 1
-        steps = [steps[round(i * last / (_MOST_SAMPLE_GRIDS - 1))] for i in range(_MOST_SAMPLE_GRIDS)]
+        steps = [steps[round(i * last / (_MOST_STEPS - 1))] for i in range(_MOST_STEPS)]
     return steps
 
 
-def _figure(path: Path, figure: _Figure, extra: str = "") -> str:
-    source, (width, height) = _embed(path, figure.pixels)
+def _show(path: Path, figure: _Figure, extra: str = "") -> str:
+    source, (width, height) = _embed(path, figure.grid)
     caption = _text(figure.caption)
     image = f'<img width="{width}" height="{height}" alt="{caption}" src="{source}"'
-    if figure.pixels:
+    if figure.grid:
         image += ' class="pixels">'
     else:  # a row of panels stays readable on a phone: it scrolls
         wide = " row" if width > 2 * height else ""
@@ -166,32 +164,35 @@ def _figure(path: Path, figure: _Figure, extra: str = "") -> str:
     return f"<figure{extra}>{image}<figcaption>{caption}</figcaption></figure>"
 
 
-def _slider(grids: Sequence[tuple[int, Path]], caption: str) -> str:
-    """Grids over time; the last is shown, and all of them where scripts are off."""
-    figures = [
-        _figure(path, _Figure("", f"After step {step}. {caption}"), f' data-step="{step}"') for step, path in grids
+def _slider(pictures: Sequence[tuple[int, Path]], figure: _Figure) -> str:
+    """Pictures over time; the last is shown, and all of them where scripts are off."""
+    shown = [
+        _show(path, figure._replace(caption=f"After step {step}. {figure.caption}"), f' data-step="{step}"')
+        for step, path in pictures
     ]
-    last = len(grids) - 1
+    last = len(pictures) - 1
     return (
         '<div class="slides"><label class="slider" hidden>step <output></output>'
         f'<input type="range" min="0" max="{last}" value="{last}" aria-label="training step"></label>'
-        + "".join(figures)
+        + "".join(shown)
         + "</div>"
     )
 
 
-def _embed(path: Path, pixels: bool) -> tuple[str, tuple[int, int]]:
+def _embed(path: Path, grid: bool) -> tuple[str, tuple[int, int]]:
     """A data URL and the size; grids of images become JPEG, a fifth of the bytes."""
     from PIL import Image
 
-    with Image.open(path, formats=("PNG",)) as image:
+    data, kind = read_regular(path, _MOST_BYTES), "png"
+    with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=("PNG",)) as image:
         size = image.size
-        if pixels:
+        if size[0] * size[1] > _MOST_PIXELS:
+            raise ValueError(f"it has {size[0]}x{size[1]} pixels")
+        image.load()
+        if grid:
             buffer = io.BytesIO()
             image.convert("RGB").save(buffer, format="JPEG", quality=88)
             data, kind = buffer.getvalue(), "jpeg"
-        else:
-            data, kind = path.read_bytes(), "png"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", size
 
 
@@ -227,11 +228,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _markdown(path: Path) -> str:
+def _markdown(path: Path, problems: list[str]) -> str:
     """The pipe tables of a file and the lines between them as HTML; nothing else of Markdown is known."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
+        lines = read_regular(path, _MOST_BYTES).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {reason(error)}")
         return ""
     found = []
     for is_table, group in itertools.groupby(lines, lambda line: line.startswith("|")):

@@ -1,6 +1,7 @@
 """Ways to train a generator x = g(z), each a value; `fit` trains any of them, and the rest works on what it returns."""
 
 from spread_jax.models.delta_vae import DeltaVae
+from spread_jax.models.density_ratio import DensityRatio
 from spread_jax.models.evaluate import EvaluateSettings, evaluate, fitted_latents
 from spread_jax.models.fit import RESUMABLE, evaluation_key, fit, parameters, shown_latents
 from spread_jax.models.importance import ImportanceWeighted
@@ -14,7 +15,9 @@ from spread_jax.models.spread_gan import SpreadGan
 from spread_jax.models.vae import Vae
 from spread_jax.models.wae import WaeMmd
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (DeltaVae, Vae, ImportanceWeighted, WaeMmd, SpreadGan)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (DeltaVae, Vae, ImportanceWeighted, WaeMmd, SpreadGan, DensityRatio)
+}
 
 __all__ = [
     "METHODS",
@@ -23,6 +26,7 @@ __all__ = [
     "RESUMABLE",
     "DataSettings",
     "DeltaVae",
+    "DensityRatio",
     "Encoded",
     "EvaluateSettings",
     "FitSettings",

@@ -59,10 +59,6 @@ class DeltaVae(SpreadMethod):
     low_variance: bool = False
     """Evaluate the likelihood at the noise-free image."""
 
-    def default_networks(self):
-        """The usual encoder and generator."""
-        return self.image_networks()
-
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()

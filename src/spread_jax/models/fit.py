@@ -21,7 +21,7 @@ from spread_jax.models._saved import to_json
 from spread_jax.models.method import Method, SettingError
 from spread_jax.models.pictures import draw_pictures
 from spread_jax.models.run import Programs, Trained, held_out
-from spread_jax.models.settings import DataSettings, FitSettings, open_splits
+from spread_jax.models.settings import SPLITS, DataSettings, FitSettings, open_splits
 from spread_jax.runtime import first_process, versions
 from spread_jax.training import (
     Checkpointer,
@@ -100,13 +100,13 @@ def fit(
       >>> import tempfile
       >>> import numpy as np
       >>> from spread_jax.data import Dataset
-      >>> from spread_jax.models import DeltaVae, FitSettings, fit, sample
+      >>> from spread_jax.models import DeltaVae, FitSettings, fit, open_run, reconstruct, sample
       >>> images = np.zeros((8, 16, 16, 1), np.uint8)
       >>> splits = {name: Dataset.from_array(images) for name in ("train", "validation", "test")}
       >>> run = fit(DeltaVae(latent_dim=2, width=2), splits, tempfile.mkdtemp(),
       ...           FitSettings(steps=2, batch_size=4), pictures=False, tensorboard=False, quiet=True)
-      >>> sample(run, 3).shape
-      (3, 16, 16, 1)
+      >>> sample(run, 3).shape, reconstruct(open_run(run.path), images)[1].shape
+      ((3, 16, 16, 1), (8, 16, 16, 1))
     """
     say = tell if first_process() and not quiet else lambda sentence: None
     settings.validate()
@@ -114,6 +114,8 @@ def fit(
     # Data first: what is wrong with it is said before anything is written.
     if isinstance(data, Mapping):
         splits = dict(data)
+        if missing := [split for split in SPLITS if split not in splits]:
+            raise SettingError("data", f"must have the splits {', '.join(SPLITS)}; {missing[0]} is missing.")
         data = data_settings or DataSettings(splits["train"].name)
     else:
         data = data if isinstance(data, DataSettings) else DataSettings(os.fspath(data))
@@ -123,6 +125,12 @@ def fit(
     method = dataclasses.replace(method, image_shape=tuple(train_split.image_shape))
     method.validate()
     method = method.with_data(train_split.images)
+    if settings.batch_size // settings.accumulate < method.smallest_batch:
+        raise SettingError(
+            "batch_size",
+            f"must be at least {method.smallest_batch * settings.accumulate} for {method.title}, got "
+            f"{settings.batch_size}: its loss compares sets of images.",
+        )
     settings.loader(train_split)  # refuses a batch that does not fit
     config = {
         **(about or {}),
@@ -182,17 +190,34 @@ def fit(
 
 
 def evaluation_key(seed: int) -> jax.Array:
-    """The random key of held-out numbers and pictures."""
+    """The random key of held-out numbers and pictures.
+
+    Example:
+      >>> evaluation_key(0).shape
+      ()
+    """
     return jax.random.fold_in(jax.random.key(seed), 0x5EED)
 
 
 def shown_latents(seed: int, latent_dim: int, num: int = 64) -> np.ndarray:
-    """The latents [num, Z] whose images are shown, the same throughout a run and under every method."""
+    """The latents [num, Z] whose images are shown, the same throughout a run and under every method.
+
+    Example:
+      >>> shown_latents(0, latent_dim=3, num=2).shape
+      (2, 3)
+    """
     return np.asarray(jax.random.normal(evaluation_key(seed), (num, latent_dim)))
 
 
 def parameters(method: Method, state: Any) -> int:
-    """How many numbers the model trains, without those of other players."""
+    """How many numbers the model trains, without those of other players.
+
+    Example:
+      >>> from spread_jax.models import DeltaVae
+      >>> method = DeltaVae(image_shape=(16, 16, 1), latent_dim=2, width=2)
+      >>> parameters(method, jax.eval_shape(lambda: method.initial_state(jax.random.key(0), 1)))
+      940
+    """
     moved = {part: state.params[part] for part in method.players(1)[0].moves}
     return sum(leaf.size for leaf in jax.tree.leaves(moved))
 

@@ -31,12 +31,12 @@ class ImportanceWeighted(DeltaVae):
     headlines: ClassVar = {"importance_bound": "bound {:.0f} nats"}
     summaries: ClassVar = {"importance_bound_nats": "importance-weighted bound {:.1f} nats", **DeltaVae.summaries}
     curves: ClassVar = {
-        **DeltaVae.curves,
         "nats per example": {
             "importance_bound": "importance-weighted bound, training batch",
             "validation_importance_bound_nats": "importance-weighted bound, validation",
             "validation_elbo_nats": "ELBO, validation",
         },
+        **{label: series for label, series in DeltaVae.curves.items() if "nats per example" not in label},
     }
     best_metric: ClassVar = ("importance_bound_nats", "max")
     bounds: ClassVar = ("elbo_nats", "importance_bound_nats")

@@ -68,20 +68,24 @@ class Method:
     Attributes:
       name: its name at the command line and in a run's folder.
       title: a line for people.
+      parts: its networks by name; one of them is the generator.
       headlines: metric -> how the terminal tells it while training.
       summaries: held-out number -> how the terminal tells it.
       curves: axis label, with its unit -> {metric: legend}, the panels of curves.png.
       best_metric: the held-out number that picks the best checkpoint and "max" or "min"; None to keep no best one.
       bounds: held-out numbers whose standard errors are given.
+      smallest_batch: images that a loss needs at least; 2 where it compares sets.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]] = ("encoder", "generator")
     headlines: ClassVar[Mapping[str, str]] = {}
     summaries: ClassVar[Mapping[str, str]] = {}
     curves: ClassVar[Mapping[str, Mapping[str, str]]] = {}
     best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = None
     bounds: ClassVar[tuple[str, ...]] = ()
+    smallest_batch: ClassVar[int] = 1
 
     image_shape: Suppress[tuple[int, int, int]] = (64, 64, 3)
     """(height, width, channels); `fit` takes it from the data."""
@@ -102,10 +106,6 @@ class Method:
     """Decay of the generator's moving average, which draws the samples."""
 
     # --- what a method must say of itself
-
-    def default_networks(self) -> dict[str, Any]:
-        """part -> the usual Flax module; each takes `train` as keyword if its call has it."""
-        raise NotImplementedError
 
     def players(self, num_steps: int) -> tuple[Player, ...]:
         """Who trains, the model first, over `num_steps` steps of the model; losses take uint8 batches."""
@@ -135,12 +135,12 @@ class Method:
             )
         if not 0 <= self.ema_decay < 1:
             raise SettingError("ema_decay", f"must be in [0, 1), got {self.ema_decay}.")
-        unknown = [part for part in self.networks if part not in self._usual]
+        unknown = [part for part in self.networks if part not in self.parts]
         if unknown:
             raise SettingError(
-                "networks", f"has {unknown[0]!r}, and this method's parts are {', '.join(map(repr, self._usual))}."
+                "networks", f"has {unknown[0]!r}, and this method's parts are {', '.join(map(repr, self.parts))}."
             )
-        self._check_networks()
+        self._check_networks(self.modules)
 
     def extra_parts(self, *, key: jax.Array) -> tuple[dict[str, PyTree], dict[str, PyTree]]:
         """(parameters, variables) of parts that are no networks, such as a noise."""
@@ -167,13 +167,13 @@ class Method:
     # --- what all methods share
 
     @functools.cached_property
-    def _usual(self) -> dict[str, Any]:
-        return self.default_networks()
-
-    @functools.cached_property
     def modules(self) -> dict[str, Any]:
-        """part -> the Flax module in use."""
-        return {**self._usual, **self.networks}
+        """part -> its Flax module: the caller's, or the usual one."""
+        return {part: self.networks[part] if part in self.networks else self.usual_network(part) for part in self.parts}
+
+    def usual_network(self, part: str) -> Any:
+        """The usual Flax module of a part for images of this shape; those of a method's own parts are its to give."""
+        return self.image_network({"encoder": image_encoder, "generator": image_generator}[part], part)
 
     @functools.cached_property
     def turns(self) -> Round:
@@ -185,17 +185,24 @@ class Method:
         """Numbers in an image."""
         return math.prod(self.image_shape)
 
-    def image_networks(self) -> dict[str, Any]:
-        """The usual encoder and generator for images of this shape."""
-        dtype = jnp.dtype(self.compute_dtype)
+    def image_network(self, build: Callable, part: str) -> Any:
+        """What `image_encoder` and the like build for images of this shape, their refusals as a SettingError."""
+        options = {"latent_dim": self.latent_dim} if part == "encoder" else {}
         try:
-            return {
-                "encoder": image_encoder(self.image_shape, latent_dim=self.latent_dim, width=self.width, dtype=dtype),
-                "generator": image_generator(self.image_shape, width=self.width, dtype=dtype),
-            }
+            return build(self.image_shape, width=self.width_of(part), dtype=jnp.dtype(self.compute_dtype), **options)
         except ValueError as error:
-            setting = "width" if str(error).startswith("width") else "image_size"
-            raise SettingError(setting, str(error).removeprefix(setting).strip()) from None
+            message = str(error)
+            setting = next((name for name in ("width", "latent_dim") if message.startswith(name)), None)
+            if setting is None:
+                side = self.image_shape[0]
+                raise SettingError(
+                    "image_size", f"= {side} has no usual networks: {message} Or pass your own."
+                ) from None
+            raise SettingError(setting, message.removeprefix(setting).strip()) from None
+
+    def width_of(self, part: str) -> int:
+        """Channels of a usual network's first convolution."""
+        return self.width
 
     def network(self, part: str, params: Mapping, variables: Mapping, *, train: bool) -> Callable:
         """A network as a callable; in training it returns (output, its new variables)."""
@@ -262,9 +269,10 @@ class Method:
             if not 0 < getattr(self, name) < math.inf:
                 raise SettingError(name, f"must be positive and finite, got {getattr(self, name)}.")
 
-    def _check_networks(self) -> None:
+    def _check_networks(self, modules: Mapping[str, Any]) -> None:
         """Refuses networks of the caller's whose outputs do not fit."""
-        for part, module in self.networks.items():
+        for part in self.networks:
+            module = modules[part]
             inputs = self.example_inputs(part)
             options = {"train": False} if _takes_train(module) else {}
             try:

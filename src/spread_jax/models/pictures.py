@@ -53,6 +53,11 @@ def spherical_interpolation(start: np.ndarray, end: np.ndarray, *, num: int) -> 
 
     Returns:
       [n, num, Z].
+
+    Example:
+      >>> import numpy as np
+      >>> spherical_interpolation(np.array([[1.0, 0.0]]), np.array([[0.0, 1.0]]), num=3)[0, 1].round(3).tolist()
+      [0.707, 0.707]
     """
     unit = lambda z: z / np.linalg.norm(z, axis=1, keepdims=True)
     angle = np.arccos(np.clip((unit(start) * unit(end)).sum(axis=1), -0.9999, 0.9999))[:, None, None]

@@ -30,6 +30,9 @@ class Programs:
 
     Args:
       method: the method.
+
+    Attributes:
+      method: the method.
     """
 
     def __init__(self, method: Method):
@@ -103,7 +106,7 @@ class Trained:
     @property
     def has_encoder(self) -> bool:
         """Whether images can be encoded and reconstructed."""
-        return "encoder" in self.method.modules
+        return "encoder" in self.method.parts
 
     def __repr__(self) -> str:
         return f"Trained({self.method.name}, step {int(self.state.step)}, {self.path})"
@@ -278,7 +281,7 @@ def held_out(run: Trained, dataset: Dataset, *, count: int, batch_size: int, key
       The means of `Method.evaluate`'s numbers, and <name>_standard_error (without "_nats") of the bounds among them.
     """
     count = min(len(dataset), count)
-    size = min(count, batch_size)
+    size = max(min(count, batch_size), run.method.smallest_batch)
     names: list[str] = []
 
     def one(batch, start):

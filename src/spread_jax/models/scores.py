@@ -58,7 +58,12 @@ class Features(Protocol):
 
 
 def features_path(dataset: Dataset, cache_dir: str | None) -> Path:
-    """Where the features of a data set are kept."""
+    """Where the features of a data set are kept.
+
+    Example:
+      >>> features_path(Dataset.from_array(np.zeros((2, 8, 8, 1), np.uint8)), "cache").parent.name
+      'features'
+    """
     folder = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
     return folder / "features" / f"{dataset.name}-{dataset.fingerprint}.npz"
 
@@ -133,7 +138,11 @@ def find_features(
 
 
 def require_enough(train: Dataset, test: Dataset) -> None:
-    """Refuses splits too small for a distance."""
+    """Refuses splits too small for a distance.
+
+    Example:
+      >>> require_enough(*(Dataset.from_array(np.zeros((16, 8, 8, 1), np.uint8)) for _ in range(2)))
+    """
     if min(len(test), len(train)) < FEWEST:
         raise UsageError(
             f"{train.source} has {len(train)} training and {len(test)} test images: {FEWEST} of each are needed."
@@ -141,14 +150,24 @@ def require_enough(train: Dataset, test: Dataset) -> None:
 
 
 def features_of(extract: Features, images: np.ndarray) -> np.ndarray:
-    """Features of all images of a data set, a part at a time."""
+    """Features of all images of a data set, a part at a time.
+
+    Example:
+      >>> features_of(lambda images: images.reshape(len(images), -1)[:, :2], np.zeros((5, 8, 8, 1), np.uint8)).shape
+      (5, 2)
+    """
     return np.concatenate([
         extract(np.asarray(images[i : i + _EXTRACTED])) for i in range(0, len(images), _EXTRACTED)
     ])  # fmt: skip
 
 
 def random_rows(length: int, count: int, seed: int) -> np.ndarray:
-    """Indices of `count` of the training images, at most all: they stand for a perfect generator."""
+    """Indices of `count` of the training images, at most all: they stand for a perfect generator.
+
+    Example:
+      >>> random_rows(10, 3, seed=0).tolist()
+      [2, 4, 6]
+    """
     return np.sort(np.random.default_rng(seed).permutation(length)[:count])
 
 
@@ -160,6 +179,11 @@ def distances(fake: np.ndarray, real: np.ndarray, *, infinity_key: jax.Array | N
       real: features of held-out images.
       infinity_key: where given, the Fréchet distance is also extrapolated to infinitely many examples, which takes
         longer than the rest; None there if there are too few.
+
+    Example:
+      >>> features = np.random.default_rng(0).normal(size=(30, 2))
+      >>> sorted(distances(features, features))[:4]
+      ['coverage', 'density', 'frechet_distance', 'kernel_distance']
     """
     kernel = kernel_distance(fake, real)
     found = {"frechet_distance": frechet_distance(Moments.of(fake), Moments.of(real))}
@@ -182,23 +206,46 @@ def distances(fake: np.ndarray, real: np.ndarray, *, infinity_key: jax.Array | N
 
 
 def sharpness(samples: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """Variance of the Laplacian of samples over that of real images."""
+    """Variance of the Laplacian of samples over that of real images.
+
+    Example:
+      >>> images = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 1), np.uint8)
+      >>> sharpness(images, images)["sharpness"]
+      1.0
+    """
     found = relative_sharpness(samples, real)
     return {"sharpness": found.value, "sharpness_standard_error": found.standard_error}
 
 
 def to_bytes(images: np.ndarray) -> np.ndarray:
-    """Images in [0, 1] as uint8, as a file would hold them: what every extractor sees."""
+    """Images in [0, 1] as uint8, as a file would hold them: what every extractor sees.
+
+    Example:
+      >>> to_bytes(np.array([-0.5, 0.5, 1.0])).tolist()
+      [0, 128, 255]
+    """
     return np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
 def sample_scores(samples: np.ndarray, held_out: np.ndarray, held_out_features: np.ndarray, extract: Features) -> dict:
-    """Distances and sharpness of uint8 samples against as many held-out images."""
+    """Distances and sharpness of uint8 samples against as many held-out images.
+
+    Example:
+      >>> images = np.random.default_rng(0).integers(0, 255, (20, 8, 8, 1), np.uint8)
+      >>> extract = lambda images: images.reshape(len(images), -1)[:, :2].astype(float)
+      >>> sample_scores(images, images, extract(images), extract)["precision"]
+      1.0
+    """
     return {**distances(extract(samples), held_out_features), **sharpness(samples, held_out)}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean over seeds and its standard error, None of one seed."""
+    """The mean over seeds and its standard error, None of one seed.
+
+    Example:
+      >>> mean_and_error([1.0, 3.0])
+      (2.0, 1.0)
+    """
     values = np.asarray(values, np.float64)
     error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
     return float(values.mean()), error

@@ -38,6 +38,7 @@ class SpreadGan(SpreadMethod):
 
     name: ClassVar[str] = "spread_gan"
     title: ClassVar[str] = "spread GAN: a critic that sees spread images"
+    parts: ClassVar = ("generator", "critic")
     headlines: ClassVar = {"divergence_bound": "divergence at least {:.3f} nats"}
     summaries: ClassVar = {"divergence_bound_nats": "divergence at least {:.3f} nats"}
     curves: ClassVar = {
@@ -61,12 +62,13 @@ class SpreadGan(SpreadMethod):
     critic_width: int | None = None
     """Channels of the critic's first convolution; as of the generator's width if not given."""
 
-    def default_networks(self):
+    def usual_network(self, part):
         """The usual generator and critic."""
-        critic = image_critic(
-            self.image_shape, width=self.critic_width or self.width, dtype=jnp.dtype(self.compute_dtype)
-        )
-        return {"generator": self.image_networks()["generator"], "critic": critic}
+        return self.image_network(image_critic, part) if part == "critic" else super().usual_network(part)
+
+    def width_of(self, part):
+        """That of the critic may be its own."""
+        return self.critic_width or self.width if part == "critic" else self.width
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""

@@ -47,10 +47,6 @@ class Vae(SpreadMethod):
     learned_scale: bool = False
     """Train the scale of the decoder's distribution too, from the noise scale on."""
 
-    def default_networks(self):
-        """The usual encoder and generator."""
-        return self.image_networks()
-
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()

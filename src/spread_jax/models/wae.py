@@ -36,15 +36,12 @@ class WaeMmd(Method):
         "squared error per pixel": {"validation_reconstruction_mse": "reconstruction, validation"},
     }
     best_metric: ClassVar = ("loss", "min")
+    smallest_batch: ClassVar = 2
 
     learning_rate: float = 2e-3
     """Adam's learning rate for encoder and generator, after the warm-up."""
     mmd_weight: float = 100.0
     """Weight of the penalty on the latents (published: 100 for faces, 10 for MNIST)."""
-
-    def default_networks(self):
-        """The usual encoder, of whose outputs the mean is used, and the usual generator."""
-        return self.image_networks()
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""

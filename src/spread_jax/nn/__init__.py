@@ -1,5 +1,6 @@
-"""Flax Linen networks: encoders, generators, critics, invertible maps, a flow, fast convolutions."""
+"""Flax Linen networks: encoders, generators, critics, a denoiser, invertible maps, a flow, fast convolutions."""
 
+from spread_jax.nn.conditional import Denoiser, ScaleCritic
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
 from spread_jax.nn.flows import CouplingFlow
 from spread_jax.nn.images import (
@@ -29,6 +30,7 @@ __all__ = [
     "ConvTranspose",
     "CouplingFlow",
     "Critic",
+    "Denoiser",
     "DenseCritic",
     "DenseEncoder",
     "DenseGenerator",
@@ -36,6 +38,7 @@ __all__ = [
     "Generator",
     "Inverse",
     "InvertibleResidual",
+    "ScaleCritic",
     "SpectralConv",
     "check_invertible",
     "conv",

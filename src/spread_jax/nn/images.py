@@ -18,8 +18,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from spread_jax._checks import check_count
+from spread_jax.nn._layers import MOST, Network, check_width, score_head
 from spread_jax.nn.convolutions import Conv, ConvTranspose
 
 __all__ = [
@@ -37,19 +38,12 @@ __all__ = [
 _START, _DENSE_START = 4, 7  # pixels along a side at which the convolutions end
 _SIDES = [16, 32, 64, 128, 256]
 _DENSE_SIDES = [28, 56, 112, 224]
-_MOST = 8  # times the width: the channels of the published networks' deepest layer, and of larger networks' too
 _leaky_1 = functools.partial(nn.leaky_relu, negative_slope=0.1)
 _leaky_2 = functools.partial(nn.leaky_relu, negative_slope=0.2)
 
 
-class _Network(nn.Module, kw_only=True):
-    """What all share: how they compute, and their layers."""
-
-    dtype: Any = jnp.float32
-    native_gradients: bool = False
-
-    def _layer(self, kind: type, features: int, **settings):
-        return kind(features, dtype=self.dtype, native=self.native_gradients, **settings)
+class _Network(Network):
+    """The layers of both families."""
 
     def _over_batch(self, h, train: bool):
         # Decay and epsilon of the published code; statistics stay float32 whatever the compute dtype.
@@ -65,15 +59,15 @@ class _Network(nn.Module, kw_only=True):
         for block in range(self.blocks):
             bare = block == 0 and not normalise_first
             # A normalisation subtracts any bias again, so the convolutions before one have none.
-            features = min(2**block, _MOST) * self.width
-            h = self._layer(Conv, features, kernel_size=(taps, taps), stride=2, use_bias=bare)(h)
+            features = min(2**block, MOST) * self.width
+            h = self.layer(Conv, features, kernel_size=(taps, taps), stride=2, use_bias=bare)(h)
             h = activate(h if bare else normalise(h))
         return h.reshape(h.shape[0], -1)
 
     def _upwards(self, h, channels: Sequence[int], taps: int, train: bool):
         """Stride-2 transposed convolutions to each number of channels."""
         for features in channels:
-            h = self._layer(ConvTranspose, features, kernel_size=(taps, taps), stride=2, use_bias=False)(h)
+            h = self.layer(ConvTranspose, features, kernel_size=(taps, taps), stride=2, use_bias=False)(h)
             h = nn.relu(self._over_batch(h, train))
         return h
 
@@ -84,11 +78,6 @@ def _gaussian_head(h: jax.Array, latent_dim: int) -> tuple[jax.Array, jax.Array]
     mean = nn.Dense(latent_dim, name="mean")(h)
     log_std = nn.Dense(latent_dim, name="log_std")(h)
     return mean, log_std
-
-
-def _score_head(h: jax.Array) -> jax.Array:
-    kernel_init = nn.initializers.zeros_init()
-    return nn.Dense(1, kernel_init=kernel_init, name="score")(h.astype(jnp.float32))[:, 0]
 
 
 class Encoder(_Network):
@@ -168,18 +157,18 @@ class Generator(_Network):
             raise ValueError(f"start must be 4 or 8, got {self.start}.")
         if self.image_size not in _SIDES:
             raise ValueError(f"image_size must be one of {_listed(_SIDES)}, got {self.image_size}.")
-        _check_width(self.width, even=self.start == 4)
+        check_width(self.width, even=self.start == 4)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, z: jax.Array, *, train: bool) -> jax.Array:
         blocks = (self.image_size // self.start).bit_length() - 1
         last = self.width * self.start // 8
-        deepest, *others = (min(last * 2**block, _MOST * self.width) for block in range(blocks, -1, -1))
+        deepest, *others = (min(last * 2**block, MOST * self.width) for block in range(blocks, -1, -1))
         h = nn.Dense(self.start**2 * deepest, use_bias=False, dtype=self.dtype)(z)
         h = h.reshape(h.shape[0], self.start, self.start, deepest)
         h = self._upwards(nn.relu(self._over_batch(h, train)), others, 5, train)
-        return nn.sigmoid(self._layer(ConvTranspose, self.channels)(h).astype(jnp.float32))
+        return nn.sigmoid(self.layer(ConvTranspose, self.channels)(h).astype(jnp.float32))
 
 
 class Critic(_Network):
@@ -214,7 +203,7 @@ class Critic(_Network):
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        return _score_head(self._downwards(y, self._over_each, _leaky_2, 5, normalise_first=False))
+        return score_head(self._downwards(y, self._over_each, _leaky_2, 5, normalise_first=False))
 
 
 class DenseEncoder(_Network):
@@ -289,19 +278,19 @@ class DenseGenerator(_Network):
     def __post_init__(self):
         if self.image_size not in _DENSE_SIDES:
             raise ValueError(f"image_size must be one of {_listed(_DENSE_SIDES)}, got {self.image_size}.")
-        _check_width(self.width)
+        check_width(self.width)
         super().__post_init__()
 
     @nn.compact
     def __call__(self, z: jax.Array, *, train: bool) -> jax.Array:
         blocks = (self.image_size // _DENSE_START).bit_length() - 1
-        deepest, *others = (min(2**block, _MOST) * self.width for block in range(blocks - 1, -1, -1))
+        deepest, *others = (min(2**block, MOST) * self.width for block in range(blocks - 1, -1, -1))
         h = z
         for features in (16 * self.width, _DENSE_START**2 * deepest):
             h = nn.Dense(features, use_bias=False, dtype=self.dtype)(h)
             h = nn.relu(self._over_batch(h, train))
         h = self._upwards(h.reshape(h.shape[0], _DENSE_START, _DENSE_START, deepest), others, 4, train)
-        h = self._layer(ConvTranspose, self.channels, kernel_size=(4, 4), stride=2)(h)
+        h = self.layer(ConvTranspose, self.channels, kernel_size=(4, 4), stride=2)(h)
         return nn.sigmoid(h.astype(jnp.float32))
 
 
@@ -334,7 +323,7 @@ class DenseCritic(_Network):
     def __call__(self, y: jax.Array) -> jax.Array:
         h = self._downwards(y, self._over_each, _leaky_1, 4, normalise_first=False)
         h = nn.Dense(16 * self.width, use_bias=False, dtype=self.dtype)(h)
-        return _score_head(_leaky_1(self._over_each(h)))
+        return score_head(_leaky_1(self._over_each(h)))
 
 
 def image_encoder(
@@ -360,8 +349,8 @@ def image_encoder(
       3
     """
     dense, blocks, _ = _family(image_shape)
-    _check_positive("latent_dim", latent_dim)
-    _check_width(width)
+    check_count("latent_dim", latent_dim)
+    check_width(width)
     return (DenseEncoder if dense else Encoder)(latent_dim, width, blocks, dtype=dtype)
 
 
@@ -413,7 +402,7 @@ def image_critic(image_shape: Sequence[int], *, width: int, dtype: Any = jnp.flo
       5
     """
     dense, blocks, _ = _family(image_shape)
-    _check_width(width)
+    check_width(width)
     return (DenseCritic if dense else Critic)(width, blocks, dtype=dtype)
 
 
@@ -430,17 +419,6 @@ def _family(image_shape: Sequence[int]) -> tuple[bool, int, tuple[int, int, int]
         f"There is no network for images of shape {image_shape}: they must be [height, width, channels], square, with "
         f"a side of {_listed(sorted(_SIDES + _DENSE_SIDES))} pixels."
     )
-
-
-def _check_width(width: int, *, even: bool = False) -> None:
-    _check_positive("width", width)
-    if even and width % 2:
-        raise ValueError(f"width must be an even number, since the last block has width / 2 channels; got {width}.")
-
-
-def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -206,10 +206,12 @@ class LearnedCovariance(LearnedNoise):
         return LowRankGaussianNoise(scale, self.factor_scale * unit)
 
     def diagnostics(self, noise: LowRankGaussianNoise, event_shape: tuple[int, ...]) -> dict[str, jax.Array]:
-        x = jnp.zeros((1, *event_shape))
-        added = noise.entropy(x)[0] - GaussianNoise(noise.scale).entropy(x)[0]
-        equal = 0.5 * self.rank * jnp.log1p(jnp.square(self.factor_scale / noise.scale))
-        return {"noise_entropy_ratio": added / equal}
+        for_each = jnp.ndim(noise.scale) > len(event_shape)
+        x = jnp.zeros((len(noise.scale) if for_each else 1, *event_shape))
+        added = noise.entropy(x) - GaussianNoise(noise.scale).entropy(x)
+        scale = jnp.reshape(noise.scale, -1) if for_each else noise.scale
+        equal = 0.5 * self.rank * jnp.log1p(jnp.square(self.factor_scale / scale))
+        return {"noise_entropy_ratio": (added / equal).mean()}
 
     def limits(self) -> Mapping[str, tuple[float, float]]:
         return {"noise_entropy_ratio": (0.99, self.max_entropy_ratio)}

@@ -195,7 +195,7 @@ def gaussian_fisher_information(
         raise ValueError(f"mean and cov must return shapes [X] and [X, X], got {m.shape} and {s.shape}.")
     dm, ds = jax.jacfwd(lambda t: (mean(unravel(t)), cov(unravel(t))))(theta)
     if noise is not None:
-        s = s + gaussian_noise_covariance(noise, "mean", m)
+        s = s + gaussian_noise_covariance(noise, m)
     chol = jnp.linalg.cholesky(s)
     pivots = jnp.square(jnp.diagonal(chol)) / jnp.diagonal(s)
     # A singular covariance may leave pivots of the size of rounding, whose inverse is noise.

@@ -19,7 +19,7 @@ from spread_jax.training.players import (
     create_train_state,
     make_train_step,
 )
-from spread_jax.training.run_directory import RunDirectory, RunDirectoryError
+from spread_jax.training.run_directory import RunDirectory, RunDirectoryError, SavedRun, read_run
 from spread_jax.training.schedules import learning_rate_schedule, noise_scale_schedule
 from spread_jax.training.signals import StopRequest
 
@@ -33,6 +33,7 @@ __all__ = [
     "Round",
     "RunDirectory",
     "RunDirectoryError",
+    "SavedRun",
     "StepRecord",
     "StopRequest",
     "TrainState",
@@ -48,6 +49,7 @@ __all__ = [
     "noise_scale_schedule",
     "place_batch",
     "place_state",
+    "read_run",
     "state_shardings",
     "train",
 ]

@@ -21,43 +21,44 @@ alone seals, deletes and decides which step is restored.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import datetime
 import errno
-import hashlib
-import json
 import logging
 import math
 import os
 import re
 import shutil
-import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spread_jax._files import flush_folder, reason, write_atomically
+from spread_jax._files import flush_folder, open_regular, reason
 from spread_jax._progress import tell
-from spread_jax.training._processes import agree
+from spread_jax.runtime import numerics
+from spread_jax.training._leaves import (
+    CheckpointError,
+    check_fit,
+    holds,
+    named_leaves,
+    placement_of,
+    spec_of,
+    to_arrays,
+    to_leaf,
+)
+from spread_jax.training._processes import agree, several
+from spread_jax.training._seal import Seal, Unsound, read_seal, verify, write_seal
+
+__all__ = ["CheckpointError", "Checkpointer", "Restored"]
 
 PyTree = Any
 
-_SEAL = "SEAL.json"
-_FORMAT = 1
-_HASH = "sha256"  # twice as fast as blake2b where the processor has SHA instructions
-_LEFTOVER = re.compile(r"\d+\.(unsealed|deleting)")
-_SET_ASIDE = re.compile(r"\d+\.unsound")
-_LISTED = 8  # names of leaves printed in one message
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none of those present can be trusted."""
+# Names that this module makes and no other: what a crash can leave, and what was set aside.
+_LEFTOVER = re.compile(r"\d+\.(unsealed(\.orbax-checkpoint-tmp(-\d+)?)?|deleting(-\d+)?)")
+_SET_ASIDE = re.compile(r"\d+\.unsound(-\d+)?")
 
 
 class Restored(NamedTuple):
@@ -74,314 +75,6 @@ class Restored(NamedTuple):
     metrics: dict[str, float]
 
 
-class _Unsound(Exception):
-    """A step does not match its seal; the message says which file and how."""
-
-
-# --- the state as named leaves ------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _LeafSpec:
-    """What the seal records of one leaf; it decides whether a model fits a checkpoint."""
-
-    kind: str  # "array", "key" (typed random key) or "number" (of Python or NumPy, no array)
-    dtype: str
-    shape: tuple[int, ...]
-    impl: str | None = None  # of a random key
-    stored_shape: tuple[int, ...] | None = None  # of a random key: its words are a last axis
-
-    def to_json(self) -> dict[str, Any]:
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> _LeafSpec:
-        stored = fields.get("stored_shape")
-        spec = cls(
-            kind=fields["kind"],
-            dtype=fields["dtype"],
-            shape=tuple(fields["shape"]),
-            impl=fields.get("impl"),
-            stored_shape=None if stored is None else tuple(stored),
-        )
-        # Of another writer than this module: whatever follows may rely on these.
-        texts = (spec.kind, spec.dtype, spec.impl if spec.kind == "key" else "")
-        sizes = (*spec.shape, *(spec.stored_shape or ()))
-        if spec.kind not in ("array", "key", "number") or not all(isinstance(text, str) for text in texts):
-            raise ValueError("a leaf is of no known kind")
-        if not all(type(size) is int and size >= 0 for size in sizes):
-            raise ValueError("a leaf has an impossible shape")
-        return spec
-
-    @property
-    def array_shape(self) -> tuple[int, ...]:
-        return self.shape if self.stored_shape is None else self.stored_shape
-
-    def accepts(self, wanted: _LeafSpec) -> bool:
-        if (self.kind, self.dtype, self.shape) == (wanted.kind, wanted.dtype, wanted.shape):
-            return True
-        # A number traced by jax.eval_shape becomes an array without axes, and the reverse.
-        return (
-            {self.kind, wanted.kind} == {"number", "array"}
-            and self.shape == wanted.shape == ()
-            and np.dtype(self.dtype).kind == np.dtype(wanted.dtype).kind
-        )
-
-    def __str__(self) -> str:
-        kind = {"array": "", "key": "", "number": "number "}[self.kind]
-        return f"{kind}{self.dtype}{list(self.shape)}"
-
-
-def _is_key(leaf: Any) -> bool:
-    dtype = getattr(leaf, "dtype", None)
-    return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
-
-
-def _is_number(leaf: Any) -> bool:
-    return isinstance(leaf, bool | int | float | complex | np.generic)
-
-
-def _spec(name: str, leaf: Any) -> _LeafSpec:
-    if _is_number(leaf):
-        return _LeafSpec("number", np.asarray(leaf).dtype.name, ())
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise CheckpointError(
-            f"leaf {name!r} of the state is a {type(leaf).__name__}; a checkpoint holds arrays, "
-            "random keys and numbers: remove the leaf or make it static in its pytree."
-        )
-    shape = tuple(leaf.shape)
-    if _is_key(leaf):
-        return _LeafSpec("key", str(leaf.dtype), shape)
-    dtype = np.dtype(leaf.dtype)
-    if dtype.kind in "OSUMm":
-        raise CheckpointError(f"leaf {name!r} of the state has dtype {dtype}; a checkpoint holds numbers only.")
-    return _LeafSpec("array", dtype.name, shape)
-
-
-def _named_leaves(state: PyTree) -> tuple[dict[str, Any], Any]:
-    """Names every leaf by its path, ``params/Dense_0/kernel``; two leaves never share a name."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(state)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") or "." for path, _ in paths]
-    if len(set(names)) < len(names):  # e.g. {"a/b": x, "a": {"b": y}}
-        names = [jax.tree_util.keystr(path) for path, _ in paths]
-    return dict(zip(names, (leaf for _, leaf in paths), strict=True)), treedef
-
-
-def _to_arrays(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, _LeafSpec]]:
-    """The arrays Orbax writes, and the description of every leaf."""
-    arrays, specs = {}, {}
-    for name, leaf in leaves.items():
-        spec = _spec(name, leaf)
-        if spec.kind == "key":
-            if not isinstance(leaf, jax.Array):
-                raise CheckpointError(f"leaf {name!r} of the state is an abstract random key.")
-            impl = str(jax.random.key_impl(leaf))
-            leaf = jax.random.key_data(leaf)
-            spec = dataclasses.replace(spec, impl=impl, stored_shape=tuple(leaf.shape))
-        elif isinstance(leaf, jax.ShapeDtypeStruct):
-            raise CheckpointError(f"leaf {name!r} of the state is abstract: it holds no values.")
-        elif not isinstance(leaf, jax.Array):
-            leaf = np.asarray(leaf)
-        specs[name] = spec
-        if math.prod(spec.array_shape):  # there is nothing to store of an array without elements
-            arrays[name] = leaf
-    return arrays, specs
-
-
-def _placement(leaf: Any) -> jax.sharding.Sharding | None:
-    """Where a restored leaf must live, or None for the default device, uncommitted."""
-    if isinstance(leaf, jax.Array):
-        return leaf.sharding if leaf.committed else None
-    sharding = getattr(leaf, "sharding", None)
-    # A mesh without devices, as eval_shape reports it under jax.set_mesh, places nothing.
-    mesh = getattr(sharding, "mesh", None)
-    return None if isinstance(mesh, jax.sharding.AbstractMesh) else sharding
-
-
-def _check_fit(saved: Mapping[str, _LeafSpec], wanted: Mapping[str, _LeafSpec], where: str) -> None:
-    differences = []
-    for name in [*wanted, *(n for n in saved if n not in wanted)]:
-        if name not in saved:
-            differences.append(f"{name}: not in the checkpoint, {wanted[name]} in the model")
-        elif name not in wanted:
-            differences.append(f"{name}: {saved[name]} in the checkpoint, not in the model")
-        elif not saved[name].accepts(wanted[name]):
-            differences.append(f"{name}: {saved[name]} in the checkpoint, {wanted[name]} in the model")
-    if differences:
-        shown = "\n  ".join(differences[:_LISTED])
-        rest = len(differences) - _LISTED
-        more = f"\n  and {rest} more" if rest > 0 else ""
-        raise CheckpointError(
-            f"{where} holds another model; {len(differences)} leaves differ:\n  {shown}{more}\n"
-            "Restore with the configuration it was saved with, or use another folder."
-        )
-
-
-def _holds(value: Any, spec: _LeafSpec) -> bool:
-    """Whether a stored array is what the seal says; it is, unless another program wrote the seal."""
-    dtype = np.dtype(np.uint32) if spec.kind == "key" else np.dtype(spec.dtype)
-    return tuple(np.shape(value)) == spec.array_shape and np.dtype(value.dtype) == dtype
-
-
-def _to_leaf(name: str, value: Any, saved: _LeafSpec, wanted: Any) -> Any:
-    """Turns the stored array into a leaf of the type, dtype and placement of ``wanted``."""
-    placement = _placement(wanted)
-    if saved.kind == "key":
-        if placement is None:
-            value = jnp.array(value)
-        try:
-            key = jax.random.wrap_key_data(value, impl=saved.impl)
-        except (ValueError, TypeError) as error:
-            raise CheckpointError(f"the random key {name!r} cannot be restored: {reason(error)}") from error
-        if key.dtype != wanted.dtype:
-            raise CheckpointError(f"the random key {name!r} is a {key.dtype} where its seal says {saved.dtype}.")
-        return key if placement is None else jax.device_put(key, placement)
-    if _is_number(wanted):
-        return type(wanted)(np.asarray(value).item())
-    if saved.kind == "number":
-        number = np.asarray(value)
-        value = number.astype(wanted.dtype)
-        if number.dtype.kind in "iu" and value != number:
-            raise CheckpointError(f"leaf {name!r} was saved as the number {number}, which {wanted.dtype} cannot hold.")
-    if isinstance(wanted, np.ndarray):
-        return np.array(value)
-    if isinstance(value, jax.Array):  # Orbax has placed it
-        return value
-    value = jnp.array(value, dtype=wanted.dtype)  # a copy: never an alias of the reader's buffer
-    return value if placement is None else jax.device_put(value, placement)
-
-
-# --- the seal -----------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Seal:
-    step: int
-    metrics: dict[str, float]
-    leaves: dict[str, _LeafSpec]
-    files: dict[str, tuple[int, str]]  # relative path -> bytes, digest
-    run: str | None = None
-
-    def to_text(self) -> str:
-        content = {
-            "format": _FORMAT,
-            "step": self.step,
-            "run": self.run,
-            "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "metrics": {k: v if math.isfinite(v) else str(v) for k, v in self.metrics.items()},
-            "hash": _HASH,
-            "files": {k: {"bytes": n, _HASH: digest} for k, (n, digest) in self.files.items()},
-            "leaves": {name: leaf.to_json() for name, leaf in self.leaves.items()},
-        }
-        return _seal_text({"content": content, "digest": _digest(content)})
-
-    @classmethod
-    def from_text(cls, text: str, folder: Path) -> _Seal:
-        try:
-            outer = json.loads(text)
-            content = outer["content"]
-            if outer["digest"] != _digest(content) or text != _seal_text(outer):
-                raise _Unsound(f"{_SEAL}: it does not match its own digest")
-            if content["format"] > _FORMAT:
-                raise CheckpointError(
-                    f"{folder} has checkpoint format {content['format']}; this version of "
-                    f"spread_jax reads up to {_FORMAT}: upgrade spread_jax."
-                )
-            return cls(
-                step=content["step"],
-                metrics={k: float(v) for k, v in content["metrics"].items()},
-                leaves={k: _LeafSpec.from_json(v) for k, v in content["leaves"].items()},
-                files={k: (v["bytes"], v[_HASH]) for k, v in content["files"].items()},
-                run=content.get("run"),
-            )
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise _Unsound(f"{_SEAL}: it cannot be read ({error})") from error
-
-
-def _seal_text(outer: dict[str, Any]) -> str:
-    return json.dumps(outer, indent=1) + "\n"
-
-
-def _digest(content: Any) -> str:
-    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.new(_HASH, canonical.encode()).hexdigest()
-
-
-def _hash_file(path: Path, *, flush: bool = False) -> tuple[int, str]:
-    with open(path, "rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, _HASH)
-        return file.tell(), digest.hexdigest()
-
-
-def _refuse_odd_entries(folder: Path) -> None:
-    """A link leads out of what is sealed, a pipe is waited for: a step has folders and files only."""
-    for parent, folders, names in os.walk(folder):
-        for name in (*folders, *names):
-            path = Path(parent, name)
-            mode = path.lstat().st_mode
-            if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
-                raise _Unsound(f"{path.relative_to(folder).as_posix()}: it is neither a file nor a folder")
-
-
-def _files(folder: Path) -> list[str]:
-    found = [
-        Path(parent, name).relative_to(folder).as_posix() for parent, _, names in os.walk(folder) for name in names
-    ]
-    return sorted(name for name in found if name != _SEAL)
-
-
-def _write_seal(folder: Path, step: int, metrics: dict[str, float], leaves: dict, run: str | None = None) -> None:
-    files = {name: _hash_file(folder / name, flush=True) for name in _files(folder)}
-    for parent, _, _ in os.walk(folder):
-        flush_folder(Path(parent))
-    write_atomically(folder / _SEAL, _Seal(step, metrics, leaves, files, run).to_text())
-
-
-def _read_seal(folder: Path) -> _Seal:
-    try:
-        if not stat.S_ISREG((folder / _SEAL).lstat().st_mode):
-            raise _Unsound(f"{_SEAL}: it is not a file")
-        text = (folder / _SEAL).read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise _Unsound(f"{_SEAL}: it is missing") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise _Unsound(f"{_SEAL}: it cannot be read ({error})") from error
-    seal = _Seal.from_text(text, folder)
-    if str(seal.step) != folder.name:
-        raise _Unsound(f"{_SEAL}: it belongs to step {seal.step}")
-    return seal
-
-
-def _verify(folder: Path) -> _Seal:
-    seal = _read_seal(folder)
-    try:
-        _refuse_odd_entries(folder)
-    except OSError as error:
-        raise _Unsound(f"it cannot be read ({error})") from error
-    present = _files(folder)
-    for name in seal.files:
-        if name not in present:
-            raise _Unsound(f"{name}: it is missing")
-    for name in present:
-        if name not in seal.files:
-            raise _Unsound(f"{name}: it is not listed in the seal")
-    for name, (size, digest) in seal.files.items():
-        try:
-            found_size = os.path.getsize(folder / name)
-            if found_size != size:
-                raise _Unsound(f"{name}: it has {found_size} bytes and was sealed with {size}")
-            if _hash_file(folder / name)[1] != digest:
-                raise _Unsound(f"{name}: its contents changed since it was sealed")
-        except OSError as error:
-            raise _Unsound(f"{name}: it cannot be read ({error})") from error
-    return seal
-
-
-# --- the checkpointer ---------------------------------------------------------------------------
-
-
 class _HideOrbax(logging.Filter):
     """Drops what Orbax logs; its failures reach the caller as a CheckpointError instead."""
 
@@ -395,6 +88,15 @@ def _free_bytes(folder: Path) -> int | None:
     except OSError:
         return None
     return usage.free if usage.total else None  # some network file systems report nothing
+
+
+def _changes(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What of the compiler and the device has changed since a step was saved."""
+    return ", ".join(
+        f"{name} {before[name] or 'none'} (now {now[name] or 'none'})"
+        for name in now
+        if before.get(name, now[name]) != now[name]
+    )
 
 
 def _vacant(path: Path) -> Path:
@@ -423,10 +125,13 @@ class Checkpointer:
         hashing and flushing to a thread; otherwise it returns when the step is sealed.
       run: what identifies the run, such as `RunDirectory.identity`; it is sealed with every step, and a step that
         was sealed with another is refused. None accepts every step.
+      mark: a file outside of ``directory`` that is made once a step is sealed; with it, a folder without any step is
+        an error and no new run.
+      read_only: whether nothing in the folder may be changed: ``save`` is refused and damaged steps are passed over.
       log: called with a sentence when a checkpoint is found damaged; prints to stderr by default.
 
     Raises:
-      CheckpointError: ``directory`` is a file.
+      CheckpointError: ``directory`` is a file, or its name is no UTF-8.
       ValueError: ``keep`` or ``best_mode`` is not one of those above.
 
     Example:
@@ -447,6 +152,8 @@ class Checkpointer:
         best_mode: Literal["max", "min"] = "max",
         asynchronous: bool = True,
         run: str | None = None,
+        mark: str | os.PathLike[str] | None = None,
+        read_only: bool = False,
         log: Callable[[str], None] | None = None,
     ) -> None:
         if keep is not None and keep < 1:
@@ -456,11 +163,19 @@ class Checkpointer:
         self.directory = Path(directory).expanduser().absolute()
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is a file, not a folder of checkpoints; give another folder.")
+        try:
+            os.fspath(self.directory).encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(
+                f"{str(self.directory)!a} is no name in UTF-8, which Orbax needs; give another folder."
+            ) from None
         self._keep = keep
         self._best_metric = best_metric
         self._best_mode = best_mode
         self._asynchronous = asynchronous
         self._run = run
+        self._mark = None if mark is None else Path(mark)
+        self._read_only = read_only
         self._log = log or tell
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -473,10 +188,12 @@ class Checkpointer:
     def _new_orbax() -> ocp.AsyncCheckpointer:
         # Trained weights hardly compress (8 %), and compressing them doubles the time of a save.
         # Folders made in the background leave threads waiting for ten minutes when that fails.
-        return ocp.AsyncCheckpointer(
-            ocp.PyTreeCheckpointHandler(use_compression=False),
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
+        # Orbax takes time by the clock on the wall, and one that is set forward would end a save; between processes a
+        # limit is needed.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        if not several():
+            options.timeout_secs = 10**9
+        return ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False), async_options=options)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -513,6 +230,8 @@ class Checkpointer:
         """
         self.wait()
         step = int(step)
+        if self._read_only:
+            raise CheckpointError(f"the checkpointer of {self.directory} is for reading only.")
         if step < 0:
             raise ValueError(f"step is {step}; it must be 0 or more.")
         metrics = {str(name): float(value) for name, value in (metrics or {}).items()}
@@ -521,9 +240,9 @@ class Checkpointer:
                 f"the best step is chosen by {self._best_metric!r}, and the metrics of step {step} "
                 f"hold {sorted(metrics)}: pass it, or give another best_metric."
             )
-        if agree(step in self._sealed()):
+        if self._asked_of_the_first(lambda: step in self._sealed()):
             return
-        arrays, specs = _to_arrays(_named_leaves(state)[0])
+        arrays, specs = to_arrays(named_leaves(state)[0])
         if not arrays:
             raise CheckpointError(f"the state of step {step} holds no numbers: nothing to save.")
         needed = sum(leaf.nbytes for leaf in arrays.values())
@@ -554,16 +273,18 @@ class Checkpointer:
         try:
             self._orbax.wait_until_finished()
             if jax.process_index() == 0:
-                _write_seal(unsealed, step, metrics, specs, self._run)
+                write_seal(unsealed, step, metrics, specs, self._run)
                 os.rename(unsealed, self.directory / str(step))
                 flush_folder(self.directory)
+                if self._mark is not None:
+                    open_regular(self._mark, os.O_WRONLY | os.O_CREAT).close()
         except Exception as error:
             self._failure = self._failed(step, needed, error)
             return
         if jax.process_index() == 0:
             try:
                 self._drop_old(step)
-            except OSError as error:
+            except (OSError, CheckpointError) as error:
                 self._log(f"an old checkpoint in {self.directory} could not be removed: {error}")
 
     def _failed(self, step: int, needed: int, error: Exception) -> CheckpointError:
@@ -572,9 +293,7 @@ class Checkpointer:
             self._orbax.close()
         self._orbax = self._new_orbax()
         with contextlib.suppress(CheckpointError):
-            for entry in self._entries():
-                if entry.startswith(f"{step}.unsealed"):
-                    shutil.rmtree(self.directory / entry, ignore_errors=True)
+            self._sweep(f"{step}.unsealed")
         free = _free_bytes(self.directory)
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         why = "the disk is full." if full else reason(error)
@@ -592,11 +311,14 @@ class Checkpointer:
         if os.path.lexists(folder):
             self._set_aside(step, "it has no valid seal")
 
-    def _sweep(self) -> None:
+    def _sweep(self, start: str = "") -> None:
         """Removes what a crash left behind; none of it was ever sealed, or still kept."""
         for entry in self._entries():
-            if _LEFTOVER.match(entry):
-                shutil.rmtree(self.directory / entry, ignore_errors=True)
+            if _LEFTOVER.fullmatch(entry) and entry.startswith(start):
+                if os.path.islink(path := self.directory / entry):
+                    os.unlink(path)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _drop_old(self, newest: int) -> None:
         if self._keep is None:
@@ -665,14 +387,14 @@ class Checkpointer:
         """Steps with a folder, newest first, whether or not the seal is valid."""
         return sorted(int(e) for e in self._entries() if e.isdecimal() and str(int(e)) == e)[::-1]
 
-    def _sealed(self) -> dict[int, _Seal]:
+    def _sealed(self) -> dict[int, Seal]:
         seals = {}
         for step in self._steps():
-            with contextlib.suppress(_Unsound):
-                seals[step] = _read_seal(self.directory / str(step))
+            with contextlib.suppress(Unsound):
+                seals[step] = read_seal(self.directory / str(step))
         return seals
 
-    def _best_of(self, seals: Mapping[int, _Seal]) -> int | None:
+    def _best_of(self, seals: Mapping[int, Seal]) -> int | None:
         sign = 1.0 if self._best_mode == "max" else -1.0
         scores = {
             step: sign * seal.metrics[self._best_metric]
@@ -708,8 +430,8 @@ class Checkpointer:
         sound = []
         for step in sorted(self._steps()):
             try:
-                _verify(self.directory / str(step))
-            except _Unsound:
+                verify(self.directory / str(step))
+            except Unsound:
                 continue
             sound.append(step)
         return sound
@@ -729,12 +451,13 @@ class Checkpointer:
           step: restore this step and no other.
 
         Returns:
-          ``Restored(step, state, metrics)``, or None where nothing was ever saved.
+          ``Restored(step, state, metrics)``, or None where nothing was ever saved. Where the step was computed with
+          another compiler, flag or kind of device than there is now, ``log`` is told.
 
         Raises:
           CheckpointError: there are checkpoints and none is sound, the given step is missing or
-            not sound, or the checkpoint is that of another run or model: the message names its
-            leaves.
+            not sound, the checkpoint is that of another run or model: the message names its
+            leaves; or it cannot be read at this moment, and is left as it is.
 
         Example:
           >>> import tempfile, jax, jax.numpy as jnp
@@ -746,69 +469,76 @@ class Checkpointer:
           [1.0, 1.0]
         """
         self._join()
-        if step is not None:
-            found, problem = int(step), None
-            if jax.process_index() == 0:
-                problem = self._problem_of(found)
-        else:
-            found, problem = -1, None
-            if jax.process_index() == 0:
-                found, problem = self._newest_sound()
-        if problem is None and found >= 0 and jax.process_index() == 0:
-            problem = self._problem_of_run(found)
+        found = self._asked_of_the_first(lambda: self._choose(step))
+        return None if found < 0 else self._read(found, abstract_state)
+
+    def _asked_of_the_first(self, question: Callable[[], int]) -> int:
+        """The answer that process 0 finds in the folder, in all processes."""
+        answer, problem = -1, None
+        if jax.process_index() == 0:
+            try:
+                answer = question()
+            except CheckpointError as error:
+                problem = error
         if agree(problem is not None):
-            raise CheckpointError(problem or f"process 0 found no sound step in {self.directory}.")
-        found = agree(found)
-        if found < 0:
-            return None
-        return self._read(found, abstract_state)
+            raise problem or CheckpointError(f"process 0 found no sound step in {self.directory}; it says why.")
+        return agree(answer)
 
-    def _problem_of(self, step: int) -> str | None:
-        if step not in self._steps():
-            return f"{self.directory} has no step {step}; its steps are {sorted(self._steps())}."
-        try:
-            _verify(self.directory / str(step))
-        except _Unsound as unsound:
-            return (
-                f"the checkpoint {self.directory / str(step)} is not sound: {unsound}. "
-                "Restore without a step to use the newest one that is sound."
+    def _choose(self, step: int | None) -> int:
+        """The step to restore, which is sound and of this run; -1 where nothing was ever saved."""
+        if step is None:
+            found, seal = self._newest_sound()
+            if seal is None:
+                return -1
+        else:
+            found = int(step)
+            if found not in self._steps():
+                raise CheckpointError(f"{self.directory} has no step {found}; its steps are {sorted(self._steps())}.")
+            try:
+                seal = verify(self.directory / str(found))
+            except Unsound as unsound:
+                raise CheckpointError(
+                    f"the checkpoint {self.directory / str(found)} is not sound: {unsound}. "
+                    "Restore without a step to use the newest one that is sound."
+                ) from None
+        folder = self.directory / str(found)
+        if None not in (self._run, seal.run) and self._run != seal.run:
+            raise CheckpointError(
+                f"{folder} was saved by a run with other settings (it is sealed for {seal.run}, this run is "
+                f"{self._run}). Put back this run's own step, or move the folder away."
             )
-        return None
+        if not self._read_only and (changed := _changes(seal.made_with, numerics())):
+            self._log(f"{folder} was computed with {changed}: the last digits may differ from now on.")
+        return found
 
-    def _problem_of_run(self, step: int) -> str | None:
-        folder = self.directory / str(step)
-        with contextlib.suppress(_Unsound):  # changed since it was verified: reading it will say so
-            sealed_for = _read_seal(folder).run
-            if None not in (self._run, sealed_for) and self._run != sealed_for:
-                return (
-                    f"{folder} was saved by a run with other settings (it is sealed for {sealed_for}, this run is "
-                    f"{self._run}). Put back this run's own step, or move the folder away."
-                )
-        return None
-
-    def _newest_sound(self) -> tuple[int, str | None]:
-        """The newest sound step, or -1 and what to tell the user if all are damaged."""
+    def _newest_sound(self) -> tuple[int, Seal | None]:
         problems = []
         for step in self._steps():
             try:
-                _verify(self.directory / str(step))
-                return step, None
-            except _Unsound as unsound:
+                return step, verify(self.directory / str(step))
+            except Unsound as unsound:
                 problems.append(f"step {step}: {unsound}")
                 self._set_aside(step, str(unsound))
-        aside = sorted(entry for entry in self._entries() if _SET_ASIDE.match(entry))
-        if not problems and not aside:
-            return -1, None
-        found = "; ".join(problems) or f"earlier damage was set aside as {', '.join(aside)}"
-        return -1, (
-            f"{self.directory} has checkpoints and none of them is sound ({found}). Put back a "
-            "copy of a sound step, or move the folder away to start from the beginning."
-        )
+        aside = sorted(entry for entry in self._entries() if _SET_ASIDE.fullmatch(entry))
+        if problems or aside:
+            found = "; ".join(problems) or f"earlier damage was set aside as {', '.join(aside)}"
+            raise CheckpointError(
+                f"{self.directory} has checkpoints and none of them is sound ({found}). Put back a "
+                "copy of a sound step, or move the folder away to start from the beginning."
+            )
+        if self._mark is not None and os.path.lexists(self._mark):
+            raise CheckpointError(
+                f"{self.directory} holds no checkpoint, and this run has saved some: put the folder back, or delete "
+                f"{self._mark} to start from the beginning."
+            )
+        return -1, None
 
     def _set_aside(self, step: int, problem: str) -> None:
         folder = self.directory / str(step)
         target = _vacant(self.directory / f"{step}.unsound")
         message = f"WARNING: the checkpoint {folder} is not sound: {problem}."
+        if self._read_only:
+            return self._log(f"{message} It is not used.")
         try:
             os.rename(folder, target)
             message += f" It is set aside as {target.name} and not used."
@@ -819,17 +549,17 @@ class Checkpointer:
     def _read(self, step: int, abstract_state: PyTree) -> Restored:
         folder = self.directory / str(step)
         try:
-            seal = _read_seal(folder)
-        except _Unsound as unsound:
+            seal = read_seal(folder)
+        except Unsound as unsound:
             raise CheckpointError(f"{folder} changed while it was restored: {unsound}.") from None
-        leaves, treedef = _named_leaves(abstract_state)
-        wanted = {name: _spec(name, leaf) for name, leaf in leaves.items()}
-        _check_fit(seal.leaves, wanted, str(folder))
+        leaves, treedef = named_leaves(abstract_state)
+        wanted = {name: spec_of(name, leaf) for name, leaf in leaves.items()}
+        check_fit(seal.leaves, wanted, str(folder))
         requests = {}
         for name, spec in seal.leaves.items():
             if not math.prod(spec.array_shape):
                 continue
-            placement = _placement(leaves[name])
+            placement = placement_of(leaves[name])
             if placement is None or spec.kind == "number":
                 requests[name] = ocp.RestoreArgs(restore_type=np.ndarray)
             else:
@@ -845,7 +575,7 @@ class Checkpointer:
             if name not in arrays:
                 dtype = np.uint32 if spec.kind == "key" else np.dtype(spec.dtype)
                 arrays[name] = np.zeros(spec.array_shape, dtype)
-            elif not _holds(arrays[name], spec):
+            elif not holds(arrays[name], spec):
                 raise CheckpointError(f"{folder} is not sound: the array {name!r} is not what its seal says.")
-        restored = [_to_leaf(name, arrays[name], seal.leaves[name], leaf) for name, leaf in leaves.items()]
+        restored = [to_leaf(name, arrays[name], seal.leaves[name], leaf) for name, leaf in leaves.items()]
         return Restored(step, jax.tree_util.tree_unflatten(treedef, restored), seal.metrics)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from spread_jax.errors import UsageError
 from spread_jax.training.signals import StopRequest
 
 __all__ = ["NonFiniteLossError", "StepRecord", "TrainingInterrupted", "every", "train"]
@@ -119,6 +120,7 @@ def train(
     Raises:
       NonFiniteLossError: a metric of some step is not finite.
       TrainingInterrupted: `stop` was requested; the state was saved.
+      UsageError: `start_step` is beyond `num_steps`: what such a run ends with would not be that of `num_steps`.
 
     Example:
       >>> count = lambda state, batch: (state + batch, {"loss": 1.0 / batch})
@@ -128,6 +130,11 @@ def train(
       4 {'loss': 0.125}
       15
     """
+    if start_step > num_steps:
+        raise UsageError(
+            f"The run has taken {start_step} steps already, and {num_steps} are asked for: ask for more, or start "
+            "another run."
+        )
     pending: list[Mapping[str, jax.Array]] = []
     latest: dict[str, float] = {}  # since the last record
     evaluation: Mapping[str, float] = {}

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spread_jax._checks import check_count
+from spread_jax.training._leaves import is_key
 
 __all__ = [
     "DATA_AXIS",
@@ -116,7 +117,7 @@ def state_shardings(state: PyTree, mesh: Mesh) -> PyTree:
 
     def sharding(leaf):
         shape = np.shape(leaf)
-        divided = parts > 1 and shape and shape[-1] % parts == 0 and not _is_key(leaf)
+        divided = parts > 1 and shape and shape[-1] % parts == 0 and not is_key(leaf)
         spec = PartitionSpec(*[None] * (len(shape) - 1), MODEL_AXIS) if divided else PartitionSpec()
         return NamedSharding(mesh, spec)
 
@@ -175,7 +176,7 @@ def place_state(state: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _place(leaf, sharding):
-    if _is_key(leaf):
+    if is_key(leaf):
         words = NamedSharding(sharding.mesh, PartitionSpec())
         return jax.random.wrap_key_data(_place(jax.random.key_data(leaf), words), impl=jax.random.key_impl(leaf))
     # device_put would first compare the values of all processes, one collective for each leaf.
@@ -233,12 +234,8 @@ def local_copy(tree: PyTree) -> PyTree:
 def _local_copy(leaf):
     if not isinstance(leaf, jax.Array) or len(leaf.sharding.device_set) == 1:
         return leaf
-    if _is_key(leaf):
+    if is_key(leaf):
         return jax.random.wrap_key_data(_local_copy(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
     if not leaf.is_fully_replicated:
         leaf = jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
     return leaf.addressable_data(0)
-
-
-def _is_key(leaf) -> bool:
-    return jax.dtypes.issubdtype(getattr(leaf, "dtype", None) or np.asarray(leaf).dtype, jax.dtypes.prng_key)

@@ -1,4 +1,4 @@
-"""Asking a run to stop: SIGTERM and Ctrl-C become a flag that the loop reads between steps.
+"""Asking a run to stop: SIGTERM, SIGHUP and Ctrl-C become a flag that the loop reads between steps.
 
 Of a run in several processes all must stop after the same step, or the last ones wait for ever for the first. JAX's
 preemption service, which `jax.distributed.initialize()` starts, sees to that: it catches SIGTERM in every process and
@@ -17,7 +17,9 @@ __all__ = ["StopRequest"]
 
 
 class StopRequest:
-    """Catches SIGTERM and SIGINT while it is entered; a second Ctrl-C interrupts at once.
+    """Catches SIGTERM, SIGHUP and SIGINT while it is entered; a second Ctrl-C interrupts at once.
+
+    SIGHUP, the end of the terminal, stays ignored where it was, as under nohup.
 
     Example:
       >>> with StopRequest() as stop:
@@ -59,8 +61,12 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python lets only the main thread set handlers; elsewhere the caller's own handling stays.
         if threading.current_thread() is threading.main_thread():
-            # In several processes SIGTERM is the preemption service's.
-            for number in (signal.SIGINT,) if several() else (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGINT]
+            if not several():  # there SIGTERM is the preemption service's
+                numbers.append(signal.SIGTERM)
+            if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 

@@ -1,4 +1,4 @@
-"""The step against hand-written optimisation; the loop's bookkeeping; schedules."""
+"""The loop's bookkeeping; schedules."""
 
 import itertools
 import math
@@ -6,69 +6,17 @@ import os
 import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from spread_jax.training import (
-    LossOutput,
     NonFiniteLossError,
     StopRequest,
     TrainingInterrupted,
-    create_train_state,
     learning_rate_schedule,
-    make_train_step,
     noise_scale_schedule,
     train,
 )
-
-
-def loss(params, model_state, batch, *, key, step):
-    """Least squares with noise from the key; counts its calls in the model state."""
-    target = batch + 0.1 * jax.random.normal(key, batch.shape)
-    value = jnp.square(params["w"] - target).mean()
-    return value, LossOutput({"seen": model_state["seen"] + 1}, {"step_seen": step})
-
-
-def make(optimizer, **options):
-    params = {"w": jnp.asarray([1.0, -2.0])}
-    state = create_train_state(params, {"seen": jnp.zeros(())}, optimizer, key=jax.random.key(7))
-    return state, make_train_step(loss, optimizer, **options)
-
-
-def test_step_is_gradient_descent_with_a_moving_average():
-    state, step = make(optax.sgd(0.1), ema_decay=0.9)
-    w = np.array([1.0, -2.0])
-    average = w.copy()
-    for t in range(5):
-        batch = np.full(2, float(t))
-        noise = 0.1 * np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(7), t), (2,)))
-        gradient = w - (batch + noise)  # d/dw of the mean over two entries
-        state, metrics = step(state, jnp.asarray(batch, jnp.float32))
-        np.testing.assert_allclose(metrics["gradient_norm"], np.linalg.norm(gradient), rtol=1e-5)
-        assert int(metrics["step_seen"]) == t
-        w = w - 0.1 * gradient
-        decay = min(0.9, (1 + t) / (10 + t))
-        average = decay * average + (1 - decay) * w
-    np.testing.assert_allclose(state.params["w"], w, rtol=1e-5)
-    np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
-    assert int(state.step) == 5
-    assert float(state.model_state["seen"]) == 5
-
-
-def test_step_compiles_once_and_donates():
-    state, step = make(optax.adam(1e-2))
-    first = state.params["w"]
-    for _ in range(3):
-        state, _ = step(state, jnp.ones(2))
-    assert step._cache_size() == 1
-    assert first.is_deleted()
-
-
-def test_refuses_a_decay_outside_its_range():
-    with pytest.raises(ValueError, match=r"ema_decay must be in \[0, 1\), got 1.0"):
-        make(optax.sgd(0.1), ema_decay=1.0)
 
 
 def counting_step(bad_at=None):
@@ -117,6 +65,18 @@ def test_loop_calls_at_its_intervals_and_at_the_end():
         (9, 9, {}),
         (10, 10, {"score": 10.0}),
     ]
+
+
+def test_a_record_has_the_newest_number_of_every_name():
+    """Players on turn in different steps have metrics of different names."""
+
+    def step(state, batch):
+        return state + 1, {"model" if state % 4 < 3 else "critic": float(state)}
+
+    _, log = run(step, num_steps=9, save_every=5, evaluate_every=0)
+    assert [record.metrics for record in log["records"]] == [
+        {"model": 2.0, "critic": 3.0}, {"model": 6.0, "critic": 7.0}, {"model": 8.0},
+    ]  # fmt: skip
 
 
 def test_loop_starts_where_it_is_told():

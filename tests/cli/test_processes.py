@@ -14,22 +14,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments import _launch, _train, mnist
+from spread_jax.cli import train
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"devices": 64}, "--devices 64 .* at most .* To make devices of a CPU, set XLA_FLAGS"),
-        ({"model_parallel": 3}, "--devices all with --model-parallel 3: model_parallel must divide"),
-        ({"batch_size": 8, "accumulate": 3}, "--batch-size must be a multiple of 3"),
-    ],
-)
-def test_devices_that_are_not_there_are_refused(flags, message):
-    with pytest.raises(_launch.UsageError, match=message):
-        _train.mesh_of(mnist.Config(**flags))
 
 
 # --- two processes, by the lines of the guide
@@ -46,16 +33,13 @@ FLAGS = {
     "noise_decay_every": 10,
     "final_learning_rate_fraction": 1.0,
     "learning_rate": 1e-4,
+    "warmup_steps": 0,
 }
 
 
 def flags(**more):
     pairs = {**FLAGS, **more}.items()
-    return [
-        "--noise",
-        "gaussian",
-        *(str(part) for name, value in pairs for part in (f"--{name.replace('_', '-')}", value)),
-    ]
+    return [str(part) for name, value in pairs for part in (f"--{name.replace('_', '-')}", value)]
 
 
 def start_two(workdir, tmp_path, **more):
@@ -69,9 +53,8 @@ def start_two(workdir, tmp_path, **more):
         port = probe.getsockname()[1]
     for found, used in {
         "localhost:12345": f"localhost:{port}",
-        "runs/mnist/two": str(workdir),
-        "python -m": f"{sys.executable} -m",
-        "--noise gaussian": " ".join(flags(**more)),
+        "spread-jax train": f"{sys.executable} -m spread_jax.cli train",
+        "--workdir runs/two": f"--workdir {workdir} {' '.join(flags(**more))}",
     }.items():
         assert found in lines
         lines = lines.replace(found, used)
@@ -92,7 +75,7 @@ def pid_of_the_first(workdir):
 
 
 def wait_for_steps(workdir, process, seconds=300):
-    metrics = workdir / "gaussian" / "metrics.jsonl"
+    metrics = workdir / "metrics.jsonl"
     for _ in range(10 * seconds):
         if metrics.exists() and metrics.stat().st_size:
             return
@@ -102,15 +85,16 @@ def wait_for_steps(workdir, process, seconds=300):
 
 
 def records(workdir):
-    lines = (workdir / "gaussian" / "metrics.jsonl").read_text().splitlines()
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return {record["step"]: record["elbo"] for record in map(json.loads, lines) if "elbo" in record}
 
 
 @pytest.fixture
 def in_this_process(monkeypatch, tmp_path):
-    monkeypatch.setattr(_launch, "configure_jax", lambda: None)
+    monkeypatch.setattr(train, "configure", lambda: None)
     monkeypatch.setenv("SPREAD_JAX_CACHE", str(tmp_path / "cache"))
-    return lambda workdir, steps: mnist.main([*flags(steps=steps, quiet=True)[:-1], "--workdir", str(workdir)])
+    arguments = ["--preset", "demo", "--data", "faces", "--image-size", "16", "--quiet"]
+    return lambda workdir, steps: train.main([*arguments, *flags(steps=steps), "--workdir", str(workdir)])
 
 
 @pytest.mark.slow
@@ -127,7 +111,7 @@ def test_two_processes_are_one_run_that_one_continues(tmp_path, in_this_process)
             os.killpg(process.pid, signal.SIGKILL)
     told = [int(step) for step in re.findall(r"Stopped by SIGTERM after step (\d+)\. The state is saved", err)]
     assert len(told) == 1, err  # the first process speaks for both
-    assert sorted(path.name for path in (workdir / "gaussian" / "checkpoints").iterdir()) == [str(told[0])]
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == [str(told[0])]
 
     steps = told[0] + 3
     assert in_this_process(workdir, steps) == in_this_process(tmp_path / "one", steps) == 0
@@ -144,7 +128,7 @@ def test_one_of_two_processes_is_killed(tmp_path):
     workdir = tmp_path / "two"
     process = start_two(workdir, tmp_path, steps=100_000, save_every=20)
     try:
-        checkpoints = workdir / "gaussian" / "checkpoints"
+        checkpoints = workdir / "checkpoints"
         for _ in range(3000):
             if checkpoints.exists() and any(path.name.isdecimal() for path in checkpoints.iterdir()):
                 break

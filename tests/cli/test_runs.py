@@ -5,7 +5,8 @@ import os
 
 import pytest
 
-from experiments import _launch, runs
+from spread_jax.cli import runs
+from spread_jax.cli.launch import run_program
 
 
 @pytest.fixture
@@ -56,5 +57,5 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(folder, capsys, monkeypa
 
 def test_no_folder_is_a_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        _launch.run(lambda: runs.main([str(tmp_path / "none")]))
+        run_program(lambda: runs.main([str(tmp_path / "none")]))
     assert "is not a folder: name one that holds runs" in capsys.readouterr().err
