@@ -17,8 +17,7 @@ interrupted run, or says that it is finished. `demo` takes about 3 minutes on 2 
 
 from __future__ import annotations
 
-from spread_jax.cli import train
-from spread_jax.cli.launch import run_program
+from spread_jax.cli import launch, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,4 +28,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main, in_all_processes=True)
+    launch.run_program(main, in_all_processes=True)

@@ -245,6 +245,7 @@ def train_and_score(
             **{name: getattr(comparison, name) for name in SCORING},
         },
         extra_results=scored,
+        pictures=typed.run.pictures,
         real_images=typed.run.report_real_images,
         tensorboard=False,
         on_log=on_log,

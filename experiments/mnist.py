@@ -159,9 +159,10 @@ def principal_directions(images: np.ndarray, variance: float) -> np.ndarray:
     return vectors[:, ::-1][:, : int(np.searchsorted(held, variance)) + 1]
 
 
-def flat_factor(method: Method, state: Any) -> np.ndarray:
+def flat_factor(run: Trained, state: Any) -> np.ndarray:
     """L [pixels, R] as the noise uses it."""
-    return np.asarray(method.noise_of(state).factor, np.float64).reshape(method.pixels, -1)
+    factor = jax.jit(lambda state: run.method.noise_of(state).factor)(state)
+    return np.asarray(factor, np.float64).reshape(run.method.pixels, -1)
 
 
 def covariance_numbers(run: Trained, splits: Mapping[str, Dataset], settings: FitSettings) -> dict[str, float]:
@@ -174,7 +175,7 @@ def covariance_numbers(run: Trained, splits: Mapping[str, Dataset], settings: Fi
     """
     method, latents = run.method, shown_latents(settings.seed, run.method.latent_dim)
     start = run.programs.initial_state(jax.random.key(settings.seed), settings.steps)
-    factor, initial = flat_factor(method, run.state), flat_factor(method, start)
+    factor, initial = flat_factor(run, run.state), flat_factor(run, start)
     directions = principal_directions(np.asarray(splits["train"].images[:PCA_IMAGES]), PCA_VARIANCE)
     bases = {
         "data_directions": directions,
@@ -203,7 +204,7 @@ def transform_numbers(run: Trained, splits: Mapping[str, Dataset], settings: Fit
     """
     method, state = run.method, run.state
     variables = {"params": state.params["noise"], "spectral_stats": state.variables["noise"]}
-    bounds = jax.device_get(lipschitz_bound(method.noise.transform(), variables))
+    bounds = jax.device_get(jax.jit(lipschitz_bound, static_argnums=0)(method.noise.transform(), variables))
 
     @jax.jit
     def stretches(state, x):
@@ -262,7 +263,7 @@ def draw_covariance(run: Trained, latents: np.ndarray, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    vectors = np.linalg.svd(flat_factor(run.method, run.state), full_matrices=False)[0][:, :20]
+    vectors = np.linalg.svd(flat_factor(run, run.state), full_matrices=False)[0][:, :20]
     peaks = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
     vectors = (vectors * np.sign(peaks)).T.reshape(-1, *run.method.image_shape).mean(axis=-1)
     images = sample(run, len(latents), latents=latents).mean(axis=-1)
@@ -366,6 +367,7 @@ def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = 
                 data_settings=typed.data,
                 about=about,
                 extra_results=functools.partial(noise_numbers, settings),
+                pictures=typed.run.pictures,
                 real_images=typed.run.report_real_images,
                 on_log=launch.prefixed(on_log, name),
                 quiet=quiet,

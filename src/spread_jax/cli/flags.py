@@ -26,6 +26,8 @@ class RunFlags:
     workdir: str | None = None
     """The run's folder; below runs/ by the preset, the seed, and what of objective and noise is not the usual, if not
     given."""
+    pictures: bool = True
+    """Draw samples, reconstructions, interpolations and curves while training."""
     report_real_images: bool = True
     """Show images of the data set in report.html, as the reconstructions do."""
     on_log: str | None = None

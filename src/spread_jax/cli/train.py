@@ -63,6 +63,7 @@ def train(
         flags.run.workdir or default_workdir(flags, experiment),
         flags.fit,
         about={"experiment": experiment, "preset": flags.preset},
+        pictures=flags.run.pictures,
         real_images=flags.run.report_real_images,
         on_log=on_log,
         quiet=flags.run.quiet,

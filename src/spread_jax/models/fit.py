@@ -164,7 +164,7 @@ def fit(
             "steps_of_all_players": int(trained.state.step),
             "batch_size": settings.batch_size,
             "parameters": parameters(method, trained.state),
-            "noise_scale": None if (scale := method.noise_scale_of(trained.state)) is None else float(scale),
+            "noise_scale": None if (scale := jax.jit(method.noise_scale_of)(trained.state)) is None else float(scale),
             **speed,
             **{f"held_out_{name}": value for name, value in job.held_out(trained, "test").items()},
             **({f"last_{name}_gain_nats": float(gain) for name, gain in trained.state.gain.items()}),
