@@ -25,6 +25,11 @@ class ScaleLaw(abc.ABC):
 
     Source: He, Chen, Zhang, Barber and Hernandez-Lobato, Training Neural Samplers with Reverse Diffusive KL Divergence,
     AISTATS 2025.
+
+    Example:
+      >>> scales, weights = LogUniformScales(0.1, 1.0).quadrature(8)
+      >>> print(f"{(weights * scales).sum():.4f}")  # E sigma = (1 - 0.1) / log 10
+      0.3909
     """
 
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
