@@ -8,7 +8,7 @@ delta-VAE. The noise may be learned, to discriminate, and the peers are one flag
   python -m experiments.celeba --preset published --data PATH     the paper's networks and settings
   python -m experiments.celeba --image-size 32 ...                16, 32, 64, 128 or 256 pixels
   python -m experiments.celeba --noise low_rank ...               gaussian, laplace, low_rank, transformed
-  python -m experiments.celeba --objective spread_gan ...         spread_elbo, elbo, importance, wae_mmd, spread_gan
+  python -m experiments.celeba --objective density_ratio ...      spread_elbo, elbo, importance, wae_mmd, spread_gan
 
 --help shows the settings of the objective and the noise that are named beside it. The same command again resumes an
 interrupted run, or says that it is finished. `demo` takes about 3 minutes on 2 cores and ends with a held-out ELBO of

@@ -7,7 +7,7 @@ delta-VAE. The noise may be learned, to discriminate, and the peers are one flag
   spread-jax train --preset demo                                  synthetic faces, needs no download
   spread-jax train --data FOLDER --image-size 32 --steps 1000     smaller images, fewer steps
   spread-jax train --noise low_rank ...                           gaussian, laplace, low_rank, transformed
-  spread-jax train --objective spread_gan ...                     spread_elbo, elbo, importance, wae_mmd, spread_gan
+  spread-jax train --objective density_ratio ...                  spread_elbo, elbo, importance, wae_mmd, spread_gan
 
 --help shows the settings of the objective and the noise that are named beside it. The same command again resumes an
 interrupted run, or says that it is finished.
