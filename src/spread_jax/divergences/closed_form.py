@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_same_shape
+from spread_jax._checks import at_least_float32, check_batch, check_same_shape
 from spread_jax.noise import GaussianNoise, LowRankGaussianNoise, SpreadNoise
 
 __all__ = [
@@ -189,9 +189,14 @@ def spread_hellinger_gaussians(
     difference, cov_p, cov_q = _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise)
     log_det = lambda cholesky: 2 * jnp.log(jnp.diagonal(cholesky)).sum()
     middle = jnp.linalg.cholesky(0.5 * (cov_p + cov_q))
-    u = jax.scipy.linalg.solve_triangular(middle, difference, lower=True)
+    solve = lambda b: jax.scipy.linalg.solve_triangular(middle, b, lower=True)
     volumes = log_det(jnp.linalg.cholesky(cov_p)) + log_det(jnp.linalg.cholesky(cov_q))
-    return -jnp.expm1(0.25 * volumes - 0.5 * log_det(middle) - 0.125 * jnp.square(u).sum())
+    far = 0.25 * volumes - 0.5 * log_det(middle)
+    # |A| |B| / |M|^2 = |I - E^2| with E = (A - B) / 2 in units of M, where the three determinants would cancel.
+    halves = jnp.linalg.eigvalsh(solve(solve(0.5 * (cov_p - cov_q)).T))
+    near = jnp.square(halves).max() < 0.25
+    log_affinity = jnp.where(near, 0.25 * jnp.log1p(-jnp.square(jnp.where(near, halves, 0))).sum(), far)
+    return -jnp.expm1(log_affinity - 0.125 * jnp.square(solve(difference)).sum())
 
 
 def _of_deltas(name, words, mu_p, mu_q, noise):
@@ -221,6 +226,8 @@ def _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise):
     ):
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit mean_p, got {value.shape}.")
+    # Factorisations need float32 at least.
+    mean_p, mean_q, cov_p, cov_q = (at_least_float32(part) for part in (mean_p, mean_q, cov_p, cov_q))
     spread = gaussian_noise_covariance(noise, mean_p)
     return mean_p - mean_q, cov_p + spread, cov_q + spread
 

@@ -76,8 +76,8 @@ class FDivergence:
         """D_f of two discrete distributions, exactly.
 
         Args:
-          log_p: [..., n], log-probabilities, finite.
-          log_q: [..., n], log-probabilities, finite.
+          log_p: [..., n], log-probabilities; -inf of a label that has none.
+          log_q: [..., n], log-probabilities.
 
         Returns:
           [...], in nats.
@@ -92,7 +92,13 @@ class FDivergence:
         if log_p.shape != log_q.shape or log_p.ndim == 0:
             raise ValueError(f"log_p and log_q must have one shape [..., n], got {log_p.shape} and {log_q.shape}.")
         mixture = 0.5 * (jnp.exp(log_p) + jnp.exp(log_q))
-        return (mixture * self.from_mixture(log_p - log_q)).sum(axis=-1)
+        # At the ends of t the integrand has its limit, or grows without one.
+        far = 1e30
+        either = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+        t = jnp.clip(jnp.where(either, log_p, 0) - jnp.where(either, log_q, 0), -far, far)
+        terms = self.from_mixture(t)
+        terms = jnp.where((jnp.abs(t) == far) & (terms > jnp.sqrt(far)), jnp.inf, terms)
+        return jnp.where(either, mixture * terms, 0).sum(axis=-1)
 
 
 def check_divergence(name: str, value) -> None:

@@ -77,7 +77,7 @@ def log_spread_density(
         atoms, noise = noise.location(atoms), noise.base
     check_same_event("y", y, "atoms", atoms)
     num_y, num_atoms = y.shape[0], atoms.shape[0]
-    dtype = jnp.result_type(y, atoms)
+    dtype = jnp.promote_types(jnp.result_type(y, atoms), jnp.float32)  # sums over atoms leave narrower ones
     y, atoms = y.astype(dtype), atoms.astype(dtype)
     if log_weights is None:
         log_weights = jnp.full(num_atoms, -math.log(num_atoms), dtype)
@@ -200,17 +200,17 @@ def _streamed_log_sum(u, v, bias):
             def add_tile(total, tile):
                 v_tile, bias_tile = tile
                 joint = jax.lax.optimization_barrier(product(u_block, v_tile))  # XLA's own fusion is slower
-                return total + exp2(joint + bias_tile - unit[:, None]).sum(axis=1), None
+                return total + exp2(joint + bias_tile[None] - unit[:, None]).sum(axis=1), None
 
             def in_new_unit():
-                here = _log2_sum(product(u_block, v_block) + bias_block)
+                here = _log2_sum(product(u_block, v_block) + bias_block[None])
                 return in_unit(jnp.logaddexp2(unit + jnp.log2(total), here))
 
             new = _scan(add_tile, total, (split(v_block), split(bias_block)))
             return jax.lax.cond((new < _LARGE).all(), lambda: (unit, new), in_new_unit), None
 
         few = (v[0, :_FIRST_LOOK], bias[0, :_FIRST_LOOK])
-        unit = (product(u_block, few[0]) + few[1]).max(axis=1) + _HEADROOM
+        unit = (product(u_block, few[0]) + few[1][None]).max(axis=1) + _HEADROOM
         unit, total = _scan(add, (unit, jnp.zeros_like(unit)), (v, bias))
         return unit + jnp.log2(total)
 
@@ -238,7 +238,7 @@ def _streamed_log_sum_jvp(primals, tangents):
             u_block, v_block, bias_block, log_sum_block = primal
             du_block, dv_block, dbias_block = tangent
             joint = jax.lax.optimization_barrier(product(u_block, v_block * _LOG2_E))
-            share = exp2(joint + bias_block * _LOG2_E - (log_sum_block * _LOG2_E)[:, None])
+            share = exp2(joint + (bias_block * _LOG2_E)[None] - (log_sum_block * _LOG2_E)[:, None])
             total = jnp.zeros_like(log_sum_block)
             if du_block is not None:
                 total += (du_block * product(share, v_block.T)).sum(axis=1)
@@ -262,7 +262,7 @@ def _log_joint(y, atoms, log_weights, noise):
         pairs = noise.pairwise_log_prob(y, atoms)
     else:
         pairs = jax.vmap(lambda row: noise.log_prob(jnp.broadcast_to(row, atoms.shape), atoms))(y)
-    return pairs + log_weights
+    return pairs + log_weights[None]
 
 
 @jax.custom_jvp

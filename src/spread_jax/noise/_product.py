@@ -18,6 +18,7 @@ __all__ = [
     "coth_excess",
     "fit_batch",
     "fit_event",
+    "in_batch",
     "log1p_excess",
     "log_sinhc",
     "positive_log",
@@ -57,7 +58,12 @@ def fit_batch(name: str, value, x: jax.Array) -> jax.Array:
             f"{name} must be a number or broadcast against one event of shape {x.shape[1:]}, or have one for each "
             f"example, {one_each}, got shape {array.shape}."
         )
-    return array
+    return in_batch(array, x)
+
+
+def in_batch(array: jax.Array, x: jax.Array) -> jax.Array:
+    """A number as it is, anything else with an axis for the batch: as many as x, so that no rank is promoted."""
+    return array.reshape((1,) * (x.ndim - array.ndim) + array.shape) if array.ndim else array
 
 
 def _broadcasts(shape, target):
@@ -213,9 +219,9 @@ class ClosedProductNoise(ProductNoise):
     @all_pairs
     def log_mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The logarithm of `mmd_kernel`, [n, m], which can be held in any number of dimensions."""
-        scale = fit_event("scale", self.scale, x)
-        one_row = lambda row: sum_event(self._standard_log_autocorrelation((row - x2) / scale) - positive_log(scale))
-        return jax.vmap(one_row)(x)
+        scale = in_batch(fit_event("scale", self.scale, x), x)
+        of_difference = lambda u: sum_event(self._standard_log_autocorrelation(u / scale) - positive_log(scale))
+        return jax.vmap(lambda row: of_difference(row[None] - x2))(x)
 
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The integral of p(y|x) p(y|x2) over y: the autocorrelation of the noise.

@@ -11,7 +11,7 @@ from spread_jax._checks import check_positive
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
 from spread_jax._threefry import normal
-from spread_jax.noise._product import ClosedProductNoise, fit_event, positive_log
+from spread_jax.noise._product import ClosedProductNoise, fit_event, in_batch, positive_log
 from spread_jax.noise._protocol import all_pairs
 
 __all__ = ["GaussianNoise"]
@@ -113,9 +113,10 @@ class GaussianNoise(GaussianShifts, ClosedProductNoise):
           u [m, X], v [n, X] and c, a scalar in nats.
         """
         scale = fit_event("scale", self.scale, x)
-        centre = jax.lax.stop_gradient(x.mean(axis=0))
+        centre = jax.lax.stop_gradient(x.mean(axis=0, keepdims=True))
         log_scales = jnp.broadcast_to(positive_log(scale), x.shape[1:]).sum()
         constant = -log_scales - 0.5 * math.prod(x.shape[1:]) * math.log(2 * math.pi)
+        scale = in_batch(scale, x)
         return flatten_events((y - centre) / scale), flatten_events((x - centre) / scale), constant
 
     @all_pairs

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._checks import check_positive, is_concrete
+from spread_jax._checks import at_least_float32, check_positive, is_concrete
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
 from spread_jax._threefry import normal
@@ -89,7 +89,7 @@ class LowRankGaussianNoise(GaussianShifts, CheckedNoise):
 
     @per_example
     def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """log N(y; x, S + L L^T) in nats.
+        """log N(y; x, S + L L^T) in nats, in float32 at least, as are the other results.
 
         Args:
           y: [batch, *event].
@@ -125,8 +125,9 @@ class LowRankGaussianNoise(GaussianShifts, CheckedNoise):
         Returns:
           u [m, X + R], v [n, X + R] and c, a scalar in nats.
         """
-        whiten, constant = self._whitening(x, fit_event)
-        centre = jax.lax.stop_gradient(x.mean(axis=0))
+        fit_event("scale", self.scale, x)
+        whiten, constant = self._whitening(x)
+        centre = jax.lax.stop_gradient(x.mean(axis=0, keepdims=True))
         return whiten(y - centre), whiten(x - centre), constant
 
     def covariance(self, x: jax.Array) -> jax.Array:
@@ -265,18 +266,20 @@ class LowRankGaussianNoise(GaussianShifts, CheckedNoise):
         factor = jnp.asarray(self.factor, x.dtype)
         return fit("scale", self.scale, x), factor.reshape(-1, factor.shape[-1])
 
-    def _whitening(self, x, fit=fit_batch):
+    def _whitening(self, x):
         """A linear map whose squared norm is the quadratic form, and the log-density at the location."""
-        scale, factor = self._parts_like(x, fit)
-        size = factor.shape[0]
-        if scale.ndim == x.ndim:
+        of_examples = self.example_axes(x)[0] == 0
+        parts = self._parts_like(x, fit_batch if of_examples else fit_event)
+        scale, factor = (at_least_float32(part) for part in parts)
+        if of_examples:
             return _whitening_of_examples(scale, factor)
+        size = factor.shape[0]
         scale = jnp.broadcast_to(scale, x.shape[1:]).reshape(-1)
         w = factor / scale[:, None]
         cholesky = jnp.linalg.cholesky(jnp.eye(w.shape[1], dtype=w.dtype) + w.T @ w)
 
         def whiten(difference):
-            u = flatten_events(difference) / scale
+            u = flatten_events(difference) / scale[None]
             a = jax.scipy.linalg.cho_solve((cholesky, True), (u @ w).T).T
             return jnp.concatenate([u - a @ w.T, a], axis=1)
 
@@ -289,8 +292,8 @@ def _whitening_of_examples(scale, factor):
     if math.prod(scale.shape[1:]) != 1:
         raise ValueError(f"scale must be one number for each example beside a factor, got shape {scale.shape}.")
     (size, rank), scale = factor.shape, scale.reshape(-1, 1)
-    gram = (factor.T @ factor) / jnp.square(scale)[:, :, None]
-    cholesky = jnp.linalg.cholesky(jnp.eye(rank, dtype=gram.dtype) + gram)
+    gram = (factor.T @ factor)[None] / jnp.square(scale)[:, :, None]
+    cholesky = jnp.linalg.cholesky(jnp.eye(rank, dtype=gram.dtype)[None] + gram)
 
     def whiten(difference):
         u = flatten_events(difference) / scale

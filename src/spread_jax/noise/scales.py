@@ -153,7 +153,8 @@ class GridScales(ScaleLaw):
         """The logarithm of the probability of sigma, -inf of what is not on the grid."""
         sigma = jnp.asarray(sigma)
         scales, weights = self._grid(sigma.dtype)
-        return jnp.log((weights * (sigma[..., None] == scales)).sum(axis=-1))
+        found = jax.vmap(lambda s: jnp.where(s == scales, weights, 0).sum())(sigma.reshape(-1))
+        return jnp.log(found).reshape(sigma.shape)
 
     def quadrature(self, num_scales: int) -> tuple[jax.Array, jax.Array]:
         """The grid itself with its probabilities, whatever `num_scales` is: the mean over it is exact."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from spread_jax._checks import check_positive
 from spread_jax._pytree import frozen_pytree
 from spread_jax._threefry import uniform
-from spread_jax.noise._product import ProductNoise, fit_event, positive_log, sum_event
+from spread_jax.noise._product import ProductNoise, fit_event, in_batch, positive_log, sum_event
 from spread_jax.noise._protocol import all_pairs, per_example
 from spread_jax.noise.validity import SpreadCondition, scale_condition
 
@@ -64,10 +64,10 @@ class UniformNoise(ProductNoise):
         In many dimensions it is too large or too small a number to be held.
         """
         width = 2 * fit_event("scale", self.scale, x)
-        width = jnp.where(width > 0, width, jnp.nan)
+        width = in_batch(jnp.where(width > 0, width, jnp.nan), x)
 
         def one_row(row):
-            overlap = jnp.maximum(1 - jnp.abs(row - x2) / width, 0)
+            overlap = jnp.maximum(1 - jnp.abs(row[None] - x2) / width, 0)
             # One factor for each dimension, as neither product may fit where both together do.
             return (overlap / width).reshape(x2.shape[0], -1).prod(axis=1)
 

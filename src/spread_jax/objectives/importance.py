@@ -22,8 +22,8 @@ class BoundTerms(NamedTuple):
 
     Attributes:
       bound: a lower bound on the spread log-likelihood, in nats.
-      effective_sample_size: (sum w)^2 / sum w^2 of the importance weights, between 1 and the number of draws.
-        Where it is near 1 a single draw decides, and more draws still raise the bound.
+      effective_sample_size: (sum w)^2 / sum w^2 of the importance weights, between 1 and the number of draws, or 0 if
+        all of them vanish. Where it is near 1 a single draw decides, and more draws still raise the bound.
     """
 
     bound: jax.Array
@@ -105,7 +105,9 @@ def spread_importance_bound(
     log_weights = log_weights.reshape(x.shape[0], num_spread_samples, num_samples)
 
     bound = jax.nn.logsumexp(log_weights, axis=2) - math.log(num_samples)
-    normalised = jax.nn.softmax(log_weights, axis=2)
-    size = 1 / jnp.square(normalised).sum(axis=2)
+    largest = jax.lax.stop_gradient(log_weights.max(axis=2, keepdims=True))
+    weights = jnp.where(largest > -jnp.inf, jnp.exp(log_weights - jnp.where(largest > -jnp.inf, largest, 0)), 0)
+    total, squares = weights.sum(axis=2), jnp.square(weights).sum(axis=2)
+    size = jnp.where(squares == 0, 0, jnp.square(total) / jnp.where(squares == 0, 1, squares))
     terms = BoundTerms(bound=bound.mean(axis=1), effective_sample_size=size.mean(axis=1))
     return (terms, (encode_aux, decode_aux)) if has_aux else terms

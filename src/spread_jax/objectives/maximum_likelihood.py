@@ -98,7 +98,7 @@ def spread_fisher_information(
       log p~_theta(y) ~ log (1/K) sum_k p(y|g_theta(z_k)),
 
     and the scores are averaged over y drawn from p~_theta independently of z_1 .. z_K. The mixture's
-    error in a score enters squared, so the estimate is too large by a multiple of 1/K.
+    error in a score enters squared, and it is correlated with the score: the bias is of order 1/K, of either sign.
 
     Args:
       sampler: (params, num, key=key) -> [num, *event], reparameterised: differentiable in params.
