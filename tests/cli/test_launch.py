@@ -117,7 +117,7 @@ for code, ways in (
 
 def test_streams_that_are_closed_full_or_unread_change_no_exit_code(tmp_path):
     """A finished program ends with 0, a refused one with 1, and nothing but its own words is printed."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": ""}
     command = [sys.executable, "-c", STREAMS, str(tmp_path / "log")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -146,6 +146,7 @@ def test_a_finished_run_says_so_and_runs_longer_when_asked(unbroken, run, tmp_pa
     assert "resuming" in err
     assert "the learning rate had decayed over 12 steps so far" in err
     assert err.count("metrics.jsonl goes on: ConnectionError: no server") == 1
+    assert "down.py" not in (tmp_path / "run/config.json").read_text()  # a folder from elsewhere must name no code
     assert [line["step"] for line in recorded(tmp_path / "run")][-1] == 15
     assert json.loads(out.removeprefix("RESULT "))["steps"] == 15
 

@@ -253,39 +253,18 @@ def test_a_read_only_disk_is_one_sentence(disk):
         open_run(disk / "run")
 
 
-def everything_in(folder):
-    """Names, kinds and contents of all there is."""
-    return {
-        path.relative_to(folder): (path.lstat().st_mode, path.read_bytes() if path.is_file() else None)
-        for path in folder.rglob("*")
-    }
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        ".lock", "config.json", "metrics.jsonl", "results.json", "report.html", "figures.json", "samples",
-        "tensorboard", "checkpoints", "samples/step_1.png", "table.md", ".checkpointed", "nested/run/metrics.jsonl",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("name", ["config.json", "results.json", "samples", "nested/run/link", ".lock"])
 def test_links_and_pipes_in_a_run_folder_are_refused(tmp_path, name):
-    """What a link points to would be written with what the stranger chose: a start-up file, say."""
-    folder, outside = tmp_path / "run", tmp_path / "outside"
-    open_run(folder).close()
-    outside.mkdir()
-    (outside / "config.json").write_bytes((folder / "config.json").read_bytes())
-    path = folder / name
+    """By name; tests/faults/test_hostile_run.py has every place and kind."""
+    open_run(tmp_path / "run").close()
+    path = tmp_path / "run" / name
     path.parent.mkdir(exist_ok=True, parents=True)
-    for target in (outside / "config.json", outside, outside / "missing", None):
+    for target in (tmp_path, None):
         path.unlink(missing_ok=True)
         path.symlink_to(target) if target else os.mkfifo(path)
-        before = everything_in(outside)
         for use in (open_run, RunDirectory.reopen, read_run):
-            with pytest.raises(
-                RunDirectoryError, match=f"{name.split('/')[-1]} (is neither|cannot be read|is damaged)"
-            ):
-                use(folder)
-        assert everything_in(outside) == before
+            with pytest.raises(RunDirectoryError, match=rf"{path.name} (is neither|cannot be read|is damaged)"):
+                use(tmp_path / "run")
 
 
 def test_what_a_run_writes_goes_through_no_link_that_is_planted_meanwhile(tmp_path):

@@ -27,6 +27,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -315,10 +316,11 @@ class Checkpointer:
         """Removes what a crash left behind; none of it was ever sealed, or still kept."""
         for entry in self._entries():
             if _LEFTOVER.fullmatch(entry) and entry.startswith(start):
-                if os.path.islink(path := self.directory / entry):
-                    os.unlink(path)
-                else:
+                path = self.directory / entry
+                if stat.S_ISDIR(path.lstat().st_mode):
                     shutil.rmtree(path, ignore_errors=True)
+                else:  # a link, or a pipe that rmtree would wait for
+                    path.unlink()
 
     def _drop_old(self, newest: int) -> None:
         if self._keep is None:
