@@ -70,43 +70,31 @@ def images(batch_size: int) -> np.ndarray:
 
 
 class Trainee:
-    """The experiment's model under fixed Gaussian noise, as one jitted step of one player."""
+    """A delta-VAE of 64x64 images under fixed Gaussian noise, as one jitted step of one player."""
 
-    def __init__(self, config, *, native: bool):
-        from experiments import _generator, _train
+    def __init__(self, width: int, *, dtype: str, native: bool):
+        from spread_jax.models import DeltaVae, FitSettings
         from spread_jax.training import make_train_step
 
-        self.model = _generator.Model(config, (64, 64, 3))
-        self.encoder = self.model.encoder = self.model.encoder.clone(native_gradients=native)
-        self.generator = self.model.generator = self.model.generator.clone(native_gradients=native)
-        self.optimizer = self.model.optimizer
-        self.averaged = _train.generator_variables
-        self.train_step = make_train_step(self.loss, self.optimizer, ema_decay=config.ema_decay, averaged=self.averaged)
+        method = DeltaVae(latent_dim=LATENT_DIM, width=width, compute_dtype=dtype, warmup_steps=0)
+        networks = {part: module.clone(native_gradients=native) for part, module in method.modules.items()}
+        self.method, self.num_steps = dataclasses.replace(method, networks=networks), FitSettings().steps
+        (player,) = self.method.players(self.num_steps)
+        self.loss = player.loss
+        self.train_step = make_train_step(
+            [player], ema_decay=method.ema_decay, averaged=self.method.generator_variables
+        )
 
     def initial_state(self):
         """The state at step 0."""
-        from spread_jax.training import create_train_state
+        import jax
 
-        state = self.model.initial_state()
-        return create_train_state(
-            state.params, state.model_state, self.optimizer, key=state.key, averaged=self.averaged
-        )
-
-    def loss(self, params, model_state, batch, *, key, step):
-        """Minus the mean spread ELBO of a uint8 batch, in nats per example."""
-        return self.model.loss(params, {}, model_state, None, batch, key=key, step=step)
-
-    def noise_scale(self, step):
-        """Standard deviation of the noise at a step."""
-        return self.model.noises.scale(step)
+        return jax.jit(self.method.initial_state, static_argnums=1)(jax.random.key(0), self.num_steps)
 
 
 def build(width: int, *, dtype: str = "float32", native: bool = False) -> Trainee:
-    """The experiment's model at a width, with this library's or XLA's own convolution gradients."""
-    from experiments import celeba
-
-    config = celeba.Config(width=width, latent_dim=LATENT_DIM, compute_dtype=dtype, warmup_steps=0)
-    return Trainee(config, native=native)
+    """The model at a width, with this library's or XLA's own convolution gradients."""
+    return Trainee(width, dtype=dtype, native=native)
 
 
 def conditional_loss(network: Network, width: int, *, dtype: str = "float32", native: bool = False):
@@ -169,9 +157,9 @@ def measure_jax(
 ) -> dict:
     """Seconds of each step of this library's model, and of its compilation."""
     if configure:
-        from experiments import _launch
+        from spread_jax import runtime
 
-        _launch.configure_jax()
+        runtime.configure()
     import jax
 
     if network == "model":
@@ -272,7 +260,7 @@ def _model_of_both(network, width, batch_size):
     model, key = build(width), jax.random.key(1)
     state, batch = model.initial_state(), images(batch_size)
     objective = jax.jit(jax.value_and_grad(model.loss, has_aux=True))
-    (value, _), gradient = objective(state.params, state.model_state, batch, key=key, step=0)
+    (value, _), gradient = objective(state.params, state.variables, batch, key=key, step=0)
 
     spread_key, latent_key = jax.random.split(key)  # as spread_elbo draws
     zeros = jax.numpy.zeros(batch.shape)
@@ -280,7 +268,7 @@ def _model_of_both(network, width, batch_size):
     latent = np.array(jax.random.normal(latent_key, (batch_size, LATENT_DIM)))
     peer = from_flax(state.params, LATENT_DIM, width)
     noises = mirrored_images(spread), torch.from_numpy(latent)
-    theirs = peer(mirrored_images(batch), *noises, float(model.noise_scale(0)))
+    theirs = peer(mirrored_images(batch), *noises, float(model.method.scale_at(0)))
     return value, theirs, peer, from_flax(gradient, LATENT_DIM, width)
 
 

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 from experiments import mnist
 from spread_jax.cli.flags import parse_training
 from spread_jax.errors import UsageError
-from spread_jax.models import NOISES, DeltaVae, InvertibleLocation, SettingError
+from spread_jax.models import NOISES, InvertibleLocation, SettingError, open_run
 from spread_jax.noise import LearnedCovariance, NoiseCollapseError
 from spread_jax.objectives import spread_elbo
 from spread_jax.training import TrainingInterrupted
@@ -165,12 +165,15 @@ def test_a_noise_that_breaks_its_constraint_stops_the_run(run, tmp_path, monkeyp
     assert not list((tmp_path / "run/low_rank/checkpoints").glob("[0-9]*"))
 
 
-def test_a_transform_that_may_not_be_injective_is_refused():
-    noise = InvertibleLocation(transform_features=2)
-    params, state = noise.init((6, 6, 1), key=jax.random.key(0))
-    noise.check(params, state)
-    with pytest.raises(ValueError, match=r"block_0/conv_. has an operator norm of up to"):
-        noise.check(params, jax.tree.map(jnp.zeros_like, state))
+def test_a_transform_that_may_not_be_injective_is_refused(unbroken, networks):
+    trained = open_run(unbroken / "transformed", networks=networks)
+    method, state = trained.method, trained.state
+    assert method.noise == InvertibleLocation(transform_features=2, **TURNS)
+    method.check_state(6, state)
+    unknown = jax.tree.map(np.zeros_like, state.variables["noise"])
+    state = dataclasses.replace(state, variables={**state.variables, "noise": unknown})
+    with pytest.raises(UsageError, match=r"After step 6: block_0/conv_. has an operator norm of up to"):
+        method.check_state(6, state)
 
 
 def test_shares_are_those_of_the_subspace():
@@ -194,9 +197,9 @@ def test_principal_directions_are_scikit_learns():
     np.testing.assert_allclose(mine @ mine.T, peer.T @ peer, atol=1e-9)
 
 
-def test_tangents_span_the_differences_of_nearby_images(networks):
-    method = DeltaVae(image_shape=(28, 28, 1), latent_dim=3, networks=networks)
-    variables = method.initial_state(jax.random.key(0), 1).ema
+def test_tangents_span_the_differences_of_nearby_images(unbroken, networks):
+    trained = open_run(unbroken / "gaussian", networks=networks)
+    method, variables = trained.method, trained.state.ema
     z = jax.random.normal(jax.random.key(0), (2, 3))
     bases = mnist.tangents(method, variables, z)
     for basis, point in zip(bases, z, strict=True):
@@ -232,10 +235,10 @@ def test_the_published_preset_is_the_papers_and_traces(kind):
         assert value.shape == ()
 
 
-def test_the_noise_cannot_learn_to_mislead_the_encoder(networks):
+def test_the_noise_cannot_learn_to_mislead_the_encoder(unbroken, networks):
     """The gradient of its objective is that for an encoder that returns the same whatever it sees."""
-    method = DeltaVae(image_shape=(28, 28, 1), latent_dim=3, networks=networks, noise=LearnedCovariance(rank=4))
-    state, key = method.initial_state(jax.random.key(0), 1), jax.random.key(1)
+    trained = open_run(unbroken / "low_rank", networks=networks)
+    method, state, key = trained.method, trained.state, jax.random.key(1)
     x = np.random.default_rng(0).integers(0, 256, size=(4, 28, 28, 1)).astype(np.float32) / 255
 
     def slope(method):
