@@ -78,6 +78,8 @@ def run_once(
     saved = dataclasses.asdict(config)
     with RunDirectory.open(workdir, saved, resumable_keys=("workdir", "quiet"), tensorboard=False) as run:
         if run.finished:
+            if not (run.path / "report.html").exists():  # a crash has cost it
+                write_report(run.path)
             say(f"{workdir} is finished; give another --seed or --workdir to run again.")
             launch.print_result(run.results)
             return 0

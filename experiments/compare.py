@@ -440,6 +440,8 @@ def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = 
     wanted = [(row, seed) for seed in range(typed.fit.seed, typed.fit.seed + comparison.seeds) for row in methods]
     with RunDirectory.open(workdir, config, resumable_keys=RESUMABLE, tensorboard=False) as folder:
         if folder.finished and all(f"{row}-{seed}" in folder.results["runs"] for row, seed in wanted):
+            if not (folder.path / "report.html").exists():  # a crash has cost it
+                write_report(folder.path, real_images=typed.run.report_real_images)
             say(f"{workdir} has these {len(wanted)} runs; ask for other --methods or more --seeds to add to it.")
             launch.print_result(folder.results)
             return 0

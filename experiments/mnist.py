@@ -355,6 +355,8 @@ def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = 
         done = done if isinstance(done, dict) else {}  # damaged, or none of this library's
         steps_of = lambda name: done[name].get("steps", 0) if isinstance(done.get(name), dict) else 0
         if all(steps_of(name) >= settings.steps for name in methods):
+            if not (folder.path / "report.html").exists():  # a crash has cost it
+                write_report(folder.path, real_images=typed.run.report_real_images)
             say(f"{workdir} is finished ({', '.join(methods)}); raise --steps to go on.")
             launch.print_result(folder.results)
             return 0

@@ -147,6 +147,8 @@ def fit(
         job = _Job(method, settings, splits, folder, mesh, say, quiet, pictures, planned)
         done = finished_steps(folder)
         if done >= settings.steps:
+            if pictures and not (folder.path / "report.html").exists():  # a crash has cost it
+                write_report(folder.path, real_images=real_images)
             say(f"{folder.path} is finished ({done} steps); raise the steps to go on.")
             trained = job.as_trained(job.restored())
             trained.results, trained.records = folder.results, folder.read_metrics()
