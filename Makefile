@@ -25,17 +25,17 @@ train-celeba: $(VENV)/.data ## Train on CelebA: CELEBA=folder or zip, PRESET=sma
 
 sample: $(VENV)/.train ## Draw samples from a finished run: RUN_DIR=runs/celeba/demo-0
 	@test -n "$(RUN_DIR)" || { echo 'Name the run: make sample RUN_DIR=runs/celeba/demo-0'; exit 2; }
-	$(RUN) -m experiments.sample "$(RUN_DIR)" $(ARGS)
+	$(RUN) -m spread_jax.cli sample "$(RUN_DIR)" $(ARGS)
 
 evaluate: $(VENV)/.train ## Distances, bounds and a report of a finished run: RUN_DIR=runs/celeba/demo-0
 	@test -n "$(RUN_DIR)" || { echo 'Name the run: make evaluate RUN_DIR=runs/celeba/demo-0'; exit 2; }
-	$(RUN) -m experiments.evaluate "$(RUN_DIR)" $(ARGS)
+	$(RUN) -m spread_jax.cli evaluate "$(RUN_DIR)" $(ARGS)
 
 features: $(VENV)/.train ## Train the features that distances are taken in: ARGS="--data path"
-	$(RUN) -m experiments.features $(ARGS)
+	$(RUN) -m spread_jax.cli features $(ARGS)
 
 runs: $(VENV)/.train ## List the runs below runs/ with their key numbers
-	@$(RUN) -m experiments.runs $(ARGS)
+	@$(RUN) -m spread_jax.cli runs $(ARGS)
 
 mnist: $(VENV)/.data ## Fixed and learned noise on digits: DATA=folder of MNIST's idx files, or scikit-learn's digits without it
 	$(RUN) -m experiments.mnist $(if $(DATA),--preset $(PRESET) --data "$(DATA)",--preset demo) $(ARGS)
@@ -73,7 +73,7 @@ bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and 
 
 chaos: $(VENV)/.dev ## Kill, damage and starve KILLS=50 training runs, fuzz the readers; writes docs/benchmarks/faults.md
 	SPREAD_JAX_CHAOS=docs/benchmarks SPREAD_JAX_KILLS=$(KILLS) $(RUN) -m pytest tests/faults \
-	  tests/experiments/test_processes.py::test_one_of_two_processes_is_killed $(ARGS)
+	  tests/cli/test_processes.py::test_one_of_two_processes_is_killed $(ARGS)
 
 test: $(VENV)/.dev ## Run every test, warnings as errors
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)

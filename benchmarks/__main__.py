@@ -54,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     machine = _report.Machine.now()
     if not machine.idle and PARTS.get(config.part) is not devices:
         print(f"warning: this machine is busy (load {machine.load:.2f}): its times mean nothing.", file=sys.stderr)
-    from experiments import _launch
+    from spread_jax import runtime
 
-    _launch.configure_jax()
+    runtime.configure()
     for name, part in PARTS.items():
         if config.part not in (name, "all"):
             continue

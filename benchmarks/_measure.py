@@ -57,7 +57,7 @@ def in_new_processes(function: str, count: int, *, environment: Mapping[str, str
     """What the first of several fresh processes, started as one run, returns of `function(**arguments)`.
 
     Args:
-      function: as of `in_new_process`; it calls `experiments._launch.initialize_distributed`.
+      function: as of `in_new_process`; it calls `spread_jax.runtime.initialize_distributed`.
       count: how many.
       environment: variables to add.
       arguments: of the function.

@@ -61,9 +61,9 @@ def sent_bytes(hlo: str, *operations: str) -> int:
 
 def measure(layouts: list[tuple[int, int]], width: int, batch_size: int, steps: int, folder: str) -> dict:
     """Losses, the first gradient and communication on (devices, model parallel), for this process's part of each."""
-    from experiments import _launch
+    from spread_jax.runtime import initialize_distributed
 
-    _launch.initialize_distributed()
+    initialize_distributed()
     import jax
 
     from spread_jax.training import local_copy, make_mesh, place_batch, place_state, state_shardings
@@ -75,10 +75,11 @@ def measure(layouts: list[tuple[int, int]], width: int, batch_size: int, steps: 
     def one_step(mesh, state, batch):
         key = jax.random.fold_in(state.key, state.step)
         (loss, output), gradient = jax.value_and_grad(model.loss, has_aux=True)(
-            state.params, state.model_state, batch, key=key, step=state.step
+            state.params, state.variables, batch, key=key, step=state.step
         )
         params = jax.tree.map(lambda old, slope: old - _RATE * slope, state.params, gradient)
-        new = dataclasses.replace(state, params=params, model_state=output.model_state, step=state.step + 1)
+        variables = {**state.variables, **output.variables}
+        new = dataclasses.replace(state, params=params, variables=variables, step=state.step + 1)
         return jax.lax.with_sharding_constraint(new, state_shardings(new, mesh)), loss, gradient
 
     rows = []

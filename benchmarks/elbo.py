@@ -29,23 +29,15 @@ class Config:
 
 
 def losses(width: int) -> dict:
-    """{name: (params, batch_stats, images, key) -> loss}."""
+    """{name: (params, variables, images, key) -> loss}."""
     import jax.numpy as jnp
 
     from spread_jax import GaussianNoise, elbo, spread_elbo
 
     model = step.build(width)
 
-    def loss(bound, params, batch_stats, batch, key):
-        networks = (
-            functools.partial(
-                module.apply,
-                {"params": params[name], "batch_stats": batch_stats[name]},
-                train=True,
-                mutable=["batch_stats"],
-            )
-            for name, module in (("encoder", model.encoder), ("generator", model.generator))
-        )
+    def loss(bound, params, variables, batch, key):
+        networks = (model.method.network(part, params, variables, train=True) for part in ("encoder", "generator"))
         terms, _ = bound(batch.astype(jnp.float32) / 255.0, *networks, GaussianNoise(0.5), key=key, has_aux=True)
         return -terms.elbo.mean()
 
@@ -62,7 +54,7 @@ def run(config: Config) -> list[Table]:
     import jax
 
     state = step.build(config.width).initial_state()
-    arguments = state.params, state.model_state, jax.device_put(step.images(config.batch_size)), jax.random.key(0)
+    arguments = state.params, state.variables, jax.device_put(step.images(config.batch_size)), jax.random.key(0)
     compiled = {name: jax.jit(jax.value_and_grad(f)) for name, f in losses(config.width).items()}
     calls = {name: (lambda f=f: jax.block_until_ready(f(*arguments))) for name, f in compiled.items()}
     seconds = _measure.interleaved(calls, config.repeats)

@@ -107,9 +107,9 @@ def main(argv: list[str] | None = None) -> None:
     config = tyro.cli(Config, args=argv, prog="python -m benchmarks.profile", description=__doc__)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: max(config.cores, 1)])
-    from experiments import _launch
+    from spread_jax import runtime
 
-    _launch.configure_jax()
+    runtime.configure()
     for table in run(config):
         print(table.as_markdown())
     print(f"\ntrace: {config.out}")

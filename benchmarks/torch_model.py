@@ -1,4 +1,4 @@
-"""The CelebA model in PyTorch, layer for layer, and its parameters from those of Flax.
+"""The CelebA model and the networks of many scales in PyTorch, layer for layer, with their parameters from Flax.
 
 SAME padding puts its odd pixel after the image in JAX; PyTorch's symmetric padding amounts to putting it before.
 So this model is the mirror image, along both axes, of the one in Flax: images go in and come out flipped, and
@@ -78,7 +78,7 @@ class SpreadVae(nn.Module):
 
 
 def from_flax(params, latent_dim: int, width: int) -> SpreadVae:
-    """The model with the parameters of `Encoder64` and `Generator64` (4x4 start) at new batch statistics.
+    """The model with the parameters of `Encoder` and `Generator` for 64x64 images (4x4 start) at new batch statistics.
 
     Args:
       params: {"encoder": ..., "generator": ...} as Flax initialises them, or gradients of the same shapes.
@@ -92,28 +92,143 @@ def from_flax(params, latent_dim: int, width: int) -> SpreadVae:
     deepest = 8 * width
     encoder, generator = params["encoder"], params["generator"]
 
-    def copy(parameter, values):
-        with torch.no_grad():
-            parameter.copy_(torch.from_numpy(np.array(values)))
-
     for i, convolution in enumerate(model.encoder.convolutions):
-        copy(convolution.weight, np.flip(encoder[f"Conv_{i}"]["kernel"], (0, 1)).transpose(3, 2, 0, 1))
+        _copy(convolution.weight, np.flip(encoder[f"Conv_{i}"]["kernel"], (0, 1)).transpose(3, 2, 0, 1))
     for i, convolution in enumerate(model.generator.convolutions):
-        copy(convolution.weight, np.asarray(generator[f"ConvTranspose_{i}"]["kernel"]).transpose(2, 3, 0, 1))
+        _copy(convolution.weight, np.asarray(generator[f"ConvTranspose_{i}"]["kernel"]).transpose(2, 3, 0, 1))
     last = generator[f"ConvTranspose_{len(model.generator.convolutions)}"]
-    copy(model.generator.last.weight, np.flip(last["kernel"], (0, 1)).transpose(3, 2, 0, 1))
-    copy(model.generator.last.bias, np.asarray(last["bias"]))
+    _copy(model.generator.last.weight, np.flip(last["kernel"], (0, 1)).transpose(3, 2, 0, 1))
+    _copy(model.generator.last.bias, np.asarray(last["bias"]))
     for own, network in ((model.encoder, encoder), (model.generator, generator)):
         for i, norm in enumerate(own.norms):
-            copy(norm.weight, np.asarray(network[f"BatchNorm_{i}"]["scale"]))
-            copy(norm.bias, np.asarray(network[f"BatchNorm_{i}"]["bias"]))
+            _copy(norm.weight, np.asarray(network[f"BatchNorm_{i}"]["scale"]))
+            _copy(norm.bias, np.asarray(network[f"BatchNorm_{i}"]["bias"]))
     for name in ("mean", "log_std"):
         kernel = np.asarray(encoder[name]["kernel"]).reshape(4, 4, deepest, latent_dim)
-        copy(getattr(model.encoder, name).weight, _mirror(kernel, 0).transpose(3, 2, 0, 1).reshape(latent_dim, -1))
-        copy(getattr(model.encoder, name).bias, np.asarray(encoder[name]["bias"]))
+        _copy(getattr(model.encoder, name).weight, _mirror(kernel, 0).transpose(3, 2, 0, 1).reshape(latent_dim, -1))
+        _copy(getattr(model.encoder, name).bias, np.asarray(encoder[name]["bias"]))
     kernel = np.asarray(generator["Dense_0"]["kernel"]).reshape(latent_dim, 4, 4, deepest)
-    copy(model.generator.dense.weight, _mirror(kernel, 1).transpose(3, 1, 2, 0).reshape(-1, latent_dim))
+    _copy(model.generator.dense.weight, _mirror(kernel, 1).transpose(3, 1, 2, 0).reshape(-1, latent_dim))
     return model
+
+
+class Modulation(nn.Module):
+    """Normalisation over each image, scaled and shifted by linear functions of the waves."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels, eps=1e-5, affine=False)
+        self.dense = nn.Linear(12, 2 * channels)
+
+    def forward(self, h, waves):
+        scale, shift = self.dense(waves)[:, :, None, None].chunk(2, dim=1)
+        return self.norm(h) * (1 + scale) + shift
+
+
+def waves_of(sigma):
+    """Sines and cosines of log sigma, [n, 12]."""
+    angles = sigma.log()[:, None] * 2.0 ** torch.arange(-2, 4, device=sigma.device)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class ScaleCritic(nn.Module):
+    """v(y, sigma) of `spread_jax.nn.ScaleCritic` for 64x64 images, data scale 0.25."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        channels = [3, *(width * multiple for multiple in (1, 2, 4, 8))]
+        self.convolutions = nn.ModuleList(
+            nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False) for a, b in itertools.pairwise(channels)
+        )
+        self.modulations = nn.ModuleList(Modulation(b) for b in channels[1:])
+        self.score = nn.Linear(16 * channels[-1], 1)
+
+    def forward(self, y, sigma):
+        h, waves = y / (0.25**2 + sigma**2).sqrt()[:, None, None, None], waves_of(sigma)
+        for convolution, modulation in zip(self.convolutions, self.modulations, strict=True):
+            h = functional.leaky_relu(modulation(convolution(h), waves), 0.2)
+        return self.score(h.flatten(1))[:, 0]
+
+    def copy_from(self, params):
+        """Takes over the parameters of Flax's, for the mirror image."""
+        _copy_modulated(self, params)
+        kernel = np.asarray(params["score"]["kernel"]).reshape(4, 4, -1, 1)
+        _copy(self.score.weight, _mirror(kernel, 0).transpose(3, 2, 0, 1).reshape(1, -1))
+        _copy(self.score.bias, params["score"]["bias"])
+
+
+class Denoiser(nn.Module):
+    """E[x|y] of `spread_jax.nn.Denoiser` for 64x64 images, data mean 0.5 and scale 0.25."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        channels = [width * multiple for multiple in (1, 2, 4, 8)]
+        down = [nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False) for a, b in itertools.pairwise(channels)]
+        first, middle = (nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in ((12, width), (channels[-1],) * 2))
+        self.convolutions = nn.ModuleList([first, *down, middle])
+        self.transposed = nn.ModuleList(
+            nn.ConvTranspose2d(a, b, 5, stride=2, padding=2, output_padding=1, bias=False)
+            for a, b in itertools.pairwise(channels[::-1])
+        )
+        self.modulations = nn.ModuleList(Modulation(c) for c in [*channels, *channels[::-1]])
+        self.last = nn.Conv2d(width + 12, 12, 3, padding=1)
+
+    def forward(self, y, sigma):
+        waves, scale = waves_of(sigma), sigma[:, None, None, None]
+        total, centred = scale**2 + 0.25**2, y - 0.5
+        blocks, passed, modulations = functional.pixel_unshuffle(centred / total.sqrt(), 2), [], iter(self.modulations)
+        after = lambda h: functional.silu(next(modulations)(h, waves))
+        *down, middle = self.convolutions
+        h = blocks
+        for convolution in down:
+            h = after(convolution(h))
+            passed.append(h)
+        h = after(middle(h)) + h
+        for convolution, same_size in zip(self.transposed, passed[-2::-1], strict=True):
+            h = after(convolution(h)) + same_size
+        correction = functional.pixel_shuffle(self.last(torch.cat([h, blocks], dim=1)).float(), 2)
+        return y + scale * (0.25 * correction / total.sqrt() - scale / total * centred)
+
+    def copy_from(self, params):
+        """Takes over the parameters of Flax's, for the mirror image."""
+        _copy_modulated(self, params)
+        for i, convolution in enumerate(self.transposed):
+            _copy(convolution.weight, np.asarray(params[f"ConvTranspose_{i}"]["kernel"]).transpose(2, 3, 0, 1))
+        last = params[f"Conv_{len(self.convolutions)}"]
+        width = last["kernel"].shape[2] - 12
+        with torch.no_grad():
+            first, last_kernel = self.convolutions[0].weight, self.last.weight
+            last_kernel.copy_(torch.from_numpy(np.flip(np.array(last["kernel"]), (0, 1)).transpose(3, 2, 0, 1).copy()))
+            first.copy_(first[:, _BLOCK])
+            last_kernel.copy_(last_kernel[:, [*range(width), *(width + i for i in _BLOCK)]][_BLOCK])
+            self.last.bias.copy_(torch.from_numpy(np.asarray(last["bias"])[_BLOCK]))
+
+
+# Flax's channel of each of PyTorch's, of a block of the mirror image: there channels are the slower axis, and rows and
+# columns of a block run backwards.
+_BLOCK = [(3 - place) * 3 + channel for channel in range(3) for place in range(4)]
+CONDITIONAL = {"scale_critic": ScaleCritic, "denoiser": Denoiser}
+
+
+def conditional_loss(output, x, sigma):
+    """Of a denoiser its weighted squared error, of a critic the logistic loss: every second image is no data."""
+    if output.ndim == 4:
+        return ((1 / sigma**2 + 1 / 0.25**2) * (output - x).square().mean(dim=(1, 2, 3))).mean()
+    signs = 2 * (torch.arange(len(output), device=output.device) % 2) - 1
+    return functional.softplus(signs * output).mean()
+
+
+def _copy_modulated(module, params):
+    for i, convolution in enumerate(module.convolutions):
+        _copy(convolution.weight, np.flip(params[f"Conv_{i}"]["kernel"], (0, 1)).transpose(3, 2, 0, 1))
+    for i, modulation in enumerate(module.modulations):
+        _copy(modulation.dense.weight, np.asarray(params[f"Dense_{i}"]["kernel"]).T)
+        _copy(modulation.dense.bias, params[f"Dense_{i}"]["bias"])
+
+
+def _copy(parameter, values):
+    with torch.no_grad():
+        parameter.copy_(torch.from_numpy(np.array(values)))
 
 
 def mirrored_images(images: np.ndarray) -> torch.Tensor:

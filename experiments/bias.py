@@ -37,6 +37,8 @@ import optax
 
 from experiments import _launch
 from spread_jax import GaussianNoise, elbo, spread_elbo
+from spread_jax.cli import launch
+from spread_jax.evaluation import save_csv, save_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,7 @@ def draw(config: Config, rows: list[dict], path) -> None:
         axes.set_xlabel("noise scale σ (units of x)")
         axes.set_xlim(0, 1.05 * config.max_scale)
         axes.grid(alpha=0.25)
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def compute(config: Config, run, say) -> dict:
@@ -223,7 +225,7 @@ def compute(config: Config, run, say) -> dict:
                 for i, (value, maximiser) in enumerate(zip(over_data, best, strict=True))
             ]
         say(f"{LABELS[method]}: done")
-    _launch.save_csv(estimates, run.path / "estimates.csv")
+    save_csv(estimates, run.path / "estimates.csv")
     draw(config, rows, run.save_figure_path("bias.png"))
     text = table(rows)
     (run.path / "table.md").write_text(text, encoding="utf-8")
@@ -245,9 +247,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison, or says that it is finished."""
     config = _launch.parse(Config, PRESETS, "small", argv)
     check_config(config)
-    _launch.configure_jax()
     return _launch.run_once(config, functools.partial(compute, config))
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    launch.run_program(main)

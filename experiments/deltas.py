@@ -40,6 +40,8 @@ from spread_jax import (
     squared_hellinger,
     total_variation,
 )
+from spread_jax.cli import launch
+from spread_jax.evaluation import save_csv, save_figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,13 +258,13 @@ def draw(config: Config, records: list[dict], path) -> None:
     figure.suptitle(
         "Two point masses at distance d: KL, reverse KL and chi-squared are infinite without noise, finite when spread"
     )
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def compute(config: Config, run, say) -> dict:
     """Sweeps, draws, and compares estimates with exact values."""
     records = sweep(config)
-    _launch.save_csv(records, run.path / "points.csv")
+    save_csv(records, run.path / "points.csv")
     draw(config, records, run.save_figure_path("deltas.png"))
     deviations = np.array([r["deviation"] for r in records])
     # Below 0.01 float32 leaves the quadrature too few digits.
@@ -291,9 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison, or says that it is finished."""
     config = _launch.parse(Config, PRESETS, "small", argv)
     check_config(config)
-    _launch.configure_jax()
     return _launch.run_once(config, functools.partial(compute, config))
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    launch.run_program(main)

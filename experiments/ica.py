@@ -42,6 +42,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _launch
+from spread_jax.cli import launch
+from spread_jax.errors import UsageError
+from spread_jax.evaluation import save_csv, save_figure
 from spread_jax.linear import ica, match_columns, mixing_error
 
 
@@ -281,7 +284,7 @@ def compare(config: Config, run, say) -> dict:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     rows = [{**setting, **found} for setting, found in zip(todo, done, strict=True)]
-    _launch.save_csv(rows, run.path / "fits.csv")
+    save_csv(rows, run.path / "fits.csv")
     table = summarise(rows)
     draw_errors(config, table, run.save_figure_path("errors.png"))
     curves = error_in_time(config) if config.gammas else []
@@ -422,7 +425,7 @@ def draw_errors(config: Config, table: list[dict], path: Path) -> None:
             fontsize=10,
         )
     first.legend(frameon=False, fontsize=8)
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_methods(axes, rows: list[dict], along: str, kind: str) -> None:
@@ -462,7 +465,7 @@ def draw_time(config: Config, curves: list[dict], path: Path) -> None:
     axes.set_title(f"γ={min(config.gammas):g}, N={config.num_examples:,}: error against time", fontsize=11)
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False, fontsize=8)
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 # --- more sources than dimensions ---------------------------------------------------------------
@@ -521,7 +524,7 @@ def draw_cosines(config: Config, cosines: np.ndarray, path: Path) -> None:
     axes.set_title(
         f"{config.sources} sources from {config.dimensions} dimensions, N={config.num_examples:,}", fontsize=11
     )
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 # --- photographs --------------------------------------------------------------------------------
@@ -538,15 +541,15 @@ def photographs(config: Config) -> list[np.ndarray]:
                 with Image.open(name) as image:
                     images.append(np.asarray(image.convert("L"), np.float32) / 255)
             except (OSError, UnidentifiedImageError) as error:
-                raise _launch.UsageError(f"--pictures: {name} cannot be read as an image ({error}).") from error
+                raise UsageError(f"--pictures: {name} cannot be read as an image ({error}).") from error
         small = [name for name, image in zip(config.pictures, images, strict=True) if min(image.shape) < config.patch]
         if small:
-            raise _launch.UsageError(f"--pictures: {small[0]} is smaller than a patch of {config.patch} pixels.")
+            raise UsageError(f"--pictures: {small[0]} is smaller than a patch of {config.patch} pixels.")
         return images
     try:
         from sklearn.datasets import load_sample_images
     except ImportError:
-        raise _launch.UsageError(
+        raise UsageError(
             'the photographs come with scikit-learn: pip install "spread-jax[data]", or name files with --pictures.'
         ) from None
     return [image.mean(axis=2).astype(np.float32) / 255 for image in load_sample_images().images]
@@ -603,7 +606,7 @@ def draw_filters(config: Config, principal: np.ndarray, features: np.ndarray, fi
         axes.imshow(canvas, cmap="gray", vmin=-1, vmax=1)
         axes.set_title(name, fontsize=11)
         axes.axis("off")
-    _launch.save_figure(figure, run.save_figure_path("filters.png"))
+    save_figure(figure, run.save_figure_path("filters.png"))
 
 
 # --- sounds -------------------------------------------------------------------------------------
@@ -649,25 +652,23 @@ def read_sounds(config: Config) -> tuple[list[np.ndarray], int]:
     if not config.sounds:
         return synthesised(config.seed), RATE
     if len(config.sounds) < 2:
-        raise _launch.UsageError("--sounds needs at least two files to mix.")
+        raise UsageError("--sounds needs at least two files to mix.")
     found, rates = [], set()
     for name in config.sounds:
         try:
             with wave.open(name, "rb") as file:
                 if file.getsampwidth() != 2:
-                    raise _launch.UsageError(
-                        f"--sounds: {name} has {8 * file.getsampwidth()} bits a sample; give 16-bit WAV."
-                    )
+                    raise UsageError(f"--sounds: {name} has {8 * file.getsampwidth()} bits a sample; give 16-bit WAV.")
                 frames = np.frombuffer(file.readframes(file.getnframes()), "<i2").astype(np.float64)
                 found.append(frames.reshape(-1, file.getnchannels()).mean(axis=1))
                 rates.add(file.getframerate())
         except (OSError, EOFError, wave.Error) as error:
-            raise _launch.UsageError(f"--sounds: {name} cannot be read as a WAV file ({error}).") from error
+            raise UsageError(f"--sounds: {name} cannot be read as a WAV file ({error}).") from error
     if len(rates) > 1:
-        raise _launch.UsageError(f"--sounds: the files must share one rate, got {sorted(rates)} Hz.")
+        raise UsageError(f"--sounds: the files must share one rate, got {sorted(rates)} Hz.")
     length = min(map(len, found))
     if length < 1000:
-        raise _launch.UsageError(f"--sounds: the shortest file has {length} samples; at least 1000 are needed.")
+        raise UsageError(f"--sounds: the shortest file has {length} samples; at least 1000 are needed.")
     return [sound[:length] for sound in found], rates.pop()
 
 
@@ -725,7 +726,7 @@ def draw_sounds(z: np.ndarray, x: np.ndarray, matched: np.ndarray, rate: int, pa
         last = grid[group.shape[1] - 1, column]
         last.set_xlabel("seconds")
         last.tick_params(labelbottom=True)
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 STUDIES = {"overcomplete": overcomplete, "images": images, "audio": audio}
@@ -739,28 +740,27 @@ def check_config(config: Config) -> None:
     _launch.require_at_least(config, 4, "patch")
     if config.preset in ("small", "published"):
         if not config.gammas and not config.sizes:
-            raise _launch.UsageError("--gammas and --sizes are both empty: nothing to do.")
+            raise UsageError("--gammas and --sizes are both empty: nothing to do.")
         if min(config.gammas, default=1) <= 0:
-            raise _launch.UsageError(f"--gammas must be positive numbers, got {config.gammas}.")
+            raise UsageError(f"--gammas must be positive numbers, got {config.gammas}.")
         if config.sources > config.dimensions or config.size_sources > config.size_dimensions:
-            raise _launch.UsageError("--sources must be at most --dimensions; --preset overcomplete takes more.")
+            raise UsageError("--sources must be at most --dimensions; --preset overcomplete takes more.")
     most = {"images": config.patch**2 - 1, "audio": 0}.get(config.preset, config.sources)
     if config.preset == "images" and config.sources > most:
-        raise _launch.UsageError(f"--sources must be at most {most} for patches of {config.patch} pixels.")
+        raise UsageError(f"--sources must be at most {most} for patches of {config.patch} pixels.")
     if min(config.sizes, default=config.num_examples) <= config.size_dimensions:
-        raise _launch.UsageError("--sizes must exceed --size-dimensions: fewer examples fix no matrix.")
+        raise UsageError("--sizes must exceed --size-dimensions: fewer examples fix no matrix.")
     if config.num_examples <= config.sources:
-        raise _launch.UsageError("--num-examples must exceed --sources: fewer examples fix no matrix.")
+        raise UsageError("--num-examples must exceed --sources: fewer examples fix no matrix.")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a study, resumes it, or says that it is finished."""
     config = _launch.parse(Config, PRESETS, "small", argv)
     check_config(config)
-    _launch.configure_jax()
     study = STUDIES.get(config.preset, compare)
     return _launch.run_once(config, functools.partial(study, config), keep_metrics=True)
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    launch.run_program(main)

@@ -31,9 +31,12 @@ import optax
 
 from experiments import _launch
 from spread_jax import GaussianNoise, spread_elbo, spread_importance_bound
-from spread_jax.evaluation import save_curves
+from spread_jax.cli import launch
+from spread_jax.errors import UsageError
+from spread_jax.evaluation import save_curves, save_figure
 from spread_jax.training import (
     LossOutput,
+    Player,
     StepRecord,
     create_train_state,
     learning_rate_schedule,
@@ -150,19 +153,22 @@ class Model:
             learning_rate_schedule(config.learning_rate, num_steps=config.steps, final_fraction=0.01)
         )
         averaged = lambda params, _: params["generator"]
-        self.elbo_step, self.bound_step = (
-            make_train_step(functools.partial(self.loss, importance), self.optimizer, ema_decay=0.99, averaged=averaged)
+        by_elbo, by_bound = (
+            Player("model", ("encoder", "generator"), functools.partial(self.loss, importance), self.optimizer)
             for importance in (False, True)
+        )
+        self.elbo_step, self.bound_step = (
+            make_train_step([player], ema_decay=0.99, averaged=averaged) for player in (by_elbo, by_bound)
         )
         encoder_key, generator_key, run_key = jax.random.split(jax.random.key(config.seed), 3)
         params = {
             "encoder": self.encoder.init(encoder_key, jnp.zeros((1, 3))),
             "generator": self.generator.init(generator_key, jnp.zeros((1, 2))),
         }
-        self.initial_state = create_train_state(params, None, self.optimizer, key=run_key, averaged=averaged)
+        self.initial_state = create_train_state(params, {}, [by_elbo], key=run_key, averaged=averaged)
         self.generate = jax.jit(self.generator.apply)
 
-    def loss(self, importance: bool, params: Any, model_state: Any, batch: jax.Array, *, key: jax.Array, step: int):
+    def loss(self, importance: bool, params: Any, variables: Any, batch: jax.Array, *, key: jax.Array, step: int):
         """Minus the bound, at the step's noise scale."""
         scale = self.noise_scale(step)
 
@@ -178,7 +184,7 @@ class Model:
             bound = terms.bound.mean()
         else:
             bound = spread_elbo(batch, encode, decode, GaussianNoise(scale), key=key).elbo.mean()
-        return -bound, LossOutput(model_state, {"bound": bound, "noise_scale": scale})
+        return -bound, LossOutput({}, {"bound": bound, "noise_scale": scale})
 
 
 def check_config(config: Config) -> None:
@@ -190,14 +196,14 @@ def check_config(config: Config) -> None:
     _launch.require_at_least(config, 2, "num_samples")
     _launch.require_positive(config, "learning_rate", "noise_scale", "final_noise_scale")
     if config.final_noise_scale > config.noise_scale:
-        raise _launch.UsageError(
+        raise UsageError(
             f"--final-noise-scale must be at most --noise-scale, "
             f"got {config.final_noise_scale} and {config.noise_scale}."
         )
     if config.bound_steps > config.steps:
-        raise _launch.UsageError(f"--bound-steps must be at most --steps, got {config.bound_steps} and {config.steps}.")
+        raise UsageError(f"--bound-steps must be at most --steps, got {config.bound_steps} and {config.steps}.")
     if config.batch_size > config.num_examples:
-        raise _launch.UsageError(
+        raise UsageError(
             f"--batch-size must be at most --num-examples, got {config.batch_size} and {config.num_examples}."
         )
 
@@ -260,7 +266,7 @@ def draw(config: Config, model: Model, start: Any, end: Any, measured: tuple[dic
         axes.set_yticks([-1, 0, 1])
         axes.set_zticks([-2, 0, 2])
         axes.tick_params(labelsize=8, pad=0)
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def compute(config: Config, run, say) -> dict:
@@ -317,9 +323,8 @@ def main(argv: list[str] | None = None) -> int:
     """Trains, or says that the run is finished."""
     config = _launch.parse(Config, PRESETS, "small", argv)
     check_config(config)
-    _launch.configure_jax()
     return _launch.run_once(config, functools.partial(compute, config))
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    launch.run_program(main)

@@ -1,6 +1,6 @@
 """Trains generators of 28x28 digits with fixed and learned spread noise, and compares what they learn.
 
-The same networks, batches and latents under four noises: Laplace and Gaussian of one standard deviation, a
+The same networks, batches and latents under four noises: Gaussian and Laplace of one standard deviation, a
 Gaussian with a learned low-rank covariance of fixed volume, and a Gaussian around a learned invertible map. The
 learned ones are trained by min over the model, max over the noise, in short turns: the encoder has to follow.
 
@@ -18,128 +18,122 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _generator, _launch, _train
-from experiments._noise import LEARNED
-from spread_jax.evaluation import image_grid, save_curves, write_report
+from spread_jax import runtime
+from spread_jax.cli import flags, launch
+from spread_jax.data import Dataset
+from spread_jax.evaluation import image_grid, save_curves, save_figure, write_report
+from spread_jax.models import (
+    NOISES,
+    RESUMABLE,
+    FitSettings,
+    InvertibleLocation,
+    Method,
+    Trained,
+    fit,
+    open_splits,
+    sample,
+    shown_latents,
+)
 from spread_jax.nn import lipschitz_bound
+from spread_jax.noise import LearnedCovariance, NoiseModel
 from spread_jax.training import RunDirectory
 
 TITLES = {
-    "laplace": "Laplace",
     "gaussian": "Gaussian",
+    "laplace": "Laplace",
     "low_rank": "Gaussian, learned covariance",
     "transformed": "Gaussian, learned location",
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class Config(_generator.GeneratorConfig):
-    """Settings of a run. Images have values in [0, 1]; noise scales are in those units."""
-
-    preset: Literal["demo", "small", "published"] = "demo"
-    noise: Literal["all", "laplace", "gaussian", "low_rank", "transformed"] = "all"
-    """The spread noise; `all` trains those that the objective admits one after another, each on the same batches and
-    latents."""
-    data: str = "digits"
-    """`digits` (scikit-learn's), `mnist`, `faces`, or the path of idx files, of a folder or zip of images."""
-    workdir: str | None = None
-    """The run's folder, with one for each noise inside; runs/mnist/<preset>-<seed> if not given, and the objective if
-    it is not the usual."""
-    steps: int = 300
-    batch_size: int = 64
-    latent_dim: int = 10
-    width: int = 8
-    """Channels of the encoder's first convolution (published: 64)."""
-    final_noise_scale: float = 0.3
-    noise_decay_every: int = 25
-    mmd_weight: float = 10.0
-    """Weight of the Wasserstein autoencoder's penalty on the latents (published for MNIST: 10)."""
-    discriminator_learning_rate: float = 2e-3
-    generator_learning_rate: float = 1e-3
-    learning_rate: float = 5e-3
-    warmup_steps: int = 0
-    ema_decay: float = 0.98
-    record_every: int = 10
-    sample_every: int = 140
-    save_every: int = 140
-    keep: int = 2
-    """Checkpoints to keep of each noise, besides the best."""
-    held_out_examples: int = 180
-
-
+# Settings as of `spread_jax.models.PRESETS`. Images have values in [0, 1]; noise scales are in those units.
+DEMO: dict[str, Any] = {
+    "data": "digits",
+    "image_size": 28,
+    "channels": 1,
+    "steps": 300,
+    "batch_size": 64,
+    "latent_dim": 10,
+    "width": 8,
+    "final_noise_scale": 0.3,
+    "noise_decay_every": 25,
+    "mmd_weight": 10.0,
+    "critic_learning_rate": 2e-3,
+    "generator_learning_rate": 1e-3,
+    "learning_rate": 5e-3,
+    "warmup_steps": 0,
+    "ema_decay": 0.98,
+    "record_every": 10,
+    "sample_every": 140,
+    "save_every": 140,
+    "keep": 2,
+    "held_out_examples": 180,
+}
 PRESETS = {
-    "demo": Config(),
-    "small": Config(
-        preset="small",
-        data="mnist",
-        steps=900,
-        batch_size=100,
-        width=16,
-        final_noise_scale=0.3,
-        noise_decay_every=80,
-        descent_steps=4,
-        noise_learning_rate=1e-3,
-        learning_rate=1e-3,
-        ema_decay=0.99,
-        record_every=15,
-        sample_every=270,
-        save_every=270,
-        held_out_examples=2000,
-    ),
-    "published": Config(
-        preset="published",
-        data="mnist",
-        steps=54_000,  # 100 epochs of the 54,000 images left for training by a validation split of a tenth
-        batch_size=100,
-        width=64,
-        final_noise_scale=0.5,
-        transform_features=32,
-        transform_coefficient=0.1,
-        descent_steps=5400,  # 10 epochs
-        ascent_steps=1000,
-        noise_learning_rate=1e-5,
-        learning_rate=1e-4,
-        discriminator_learning_rate=2e-4,  # of DCGAN, both
-        generator_learning_rate=2e-4,
-        final_learning_rate_fraction=1.0,
-        ema_decay=0.999,
-        record_every=100,
-        sample_every=3000,
-        save_every=3000,
-        held_out_examples=10_000,
-    ),
+    "demo": DEMO,
+    "small": {
+        **DEMO,
+        "data": "mnist",
+        "steps": 900,
+        "batch_size": 100,
+        "width": 16,
+        "noise_decay_every": 80,
+        "descent_steps": 4,
+        "noise_learning_rate": 1e-3,
+        "learning_rate": 1e-3,
+        "ema_decay": 0.99,
+        "record_every": 15,
+        "sample_every": 270,
+        "save_every": 270,
+        "held_out_examples": 2000,
+    },
+    "published": {
+        **DEMO,
+        "data": "mnist",
+        "steps": 54_000,  # 100 epochs of the 54,000 images left for training by a validation split of a tenth
+        "batch_size": 100,
+        "width": 64,
+        "final_noise_scale": 0.5,
+        "transform_features": 32,
+        "transform_coefficient": 0.1,
+        "descent_steps": 5400,  # 10 epochs
+        "ascent_steps": 1000,
+        "noise_learning_rate": 1e-5,
+        "learning_rate": 1e-4,
+        "critic_learning_rate": 2e-4,  # of DCGAN, both
+        "generator_learning_rate": 2e-4,
+        "final_learning_rate_fraction": 1.0,
+        "ema_decay": 0.999,
+        "record_every": 100,
+        "sample_every": 3000,
+        "save_every": 3000,
+        "held_out_examples": 10_000,
+    },
 }
 
-RESUMABLE = (*_generator.RESUMABLE, "noise")  # each noise has a folder of its own
-IMAGE = (28, 28, 1)
-PIXELS = math.prod(IMAGE)
 PCA_IMAGES = 5000
 PCA_VARIANCE = 0.9
+# Of a noise's results, what all noises share.
+SHARED = (
+    "experiment", "preset", "seed", "objective", "data", "train_images", "held_out_images", "batch_size", "device",
+    "devices", "processes", "versions",
+)  # fmt: skip
 
 
-class Model(_generator.Model):
-    """`_generator.Model` with the order of random keys that the published results were drawn in, and tangents."""
-
-    @staticmethod
-    def split_key(key: jax.Array) -> jax.Array:
-        """The keys of the networks, of the steps, and of the ascending player's start."""
-        return jax.random.split(key, 3)[jnp.array([0, 2, 1])]
-
-    def tangents(self, variables: Any, z: jax.Array) -> np.ndarray:
-        """Orthonormal bases [n, pixels, Z] of the tangent spaces of the generator's manifold at g(z)."""
-        native = self.generator.clone(native_gradients=True)  # forward mode
-        image = lambda z: native.apply(variables, z[None], train=False).reshape(-1)
-        jacobian = jax.jit(jax.vmap(jax.jacfwd(image)))(z)
-        return np.linalg.qr(np.asarray(jacobian, np.float64))[0]
+def tangents(method: Method, generator_variables: Mapping, z: jax.Array) -> np.ndarray:
+    """Orthonormal bases [n, pixels, Z] of the tangent spaces of the generator's manifold at g(z)."""
+    native = method.modules["generator"].clone(native_gradients=True)  # forward mode
+    method = dataclasses.replace(method, networks={**method.networks, "generator": native})
+    image = lambda z: method.generate(generator_variables, z[None]).reshape(-1)
+    jacobian = jax.jit(jax.vmap(jax.jacfwd(image)))(z)
+    return np.linalg.qr(np.asarray(jacobian, np.float64))[0]
 
 
 def variance_share(factor: np.ndarray, basis: np.ndarray) -> float:
@@ -165,12 +159,13 @@ def principal_directions(images: np.ndarray, variance: float) -> np.ndarray:
     return vectors[:, ::-1][:, : int(np.searchsorted(held, variance)) + 1]
 
 
-def flat_factor(model: Model, state: Any) -> np.ndarray:
+def flat_factor(run: Trained, state: Any) -> np.ndarray:
     """L [pixels, R] as the noise uses it."""
-    return np.asarray(model.noise_of(state)[0].factor, np.float64).reshape(PIXELS, -1)
+    factor = jax.jit(lambda state: run.method.noise_of(state).factor)(state)
+    return np.asarray(factor, np.float64).reshape(run.method.pixels, -1)
 
 
-def covariance_numbers(model: Model, state: Any, latents: jax.Array, train_images: np.ndarray) -> dict[str, float]:
+def covariance_numbers(run: Trained, splits: Mapping[str, Dataset], settings: FitSettings) -> dict[str, float]:
     """How orthogonal the learned covariance L L^T is to the data and to the model's manifold.
 
     Each is a `variance_share` of L: in the principal directions of the data that hold 90 % of its variance (from
@@ -178,107 +173,89 @@ def covariance_numbers(model: Model, state: Any, latents: jax.Array, train_image
     space of the generator, averaged over latents; beside each, the same for isotropic noise, and for the L that
     learning began with.
     """
-    factor, initial = flat_factor(model, state), flat_factor(model, model.initial_state())
-    directions = principal_directions(np.asarray(train_images[:PCA_IMAGES]), PCA_VARIANCE)
-    leading = directions[:, : latents.shape[1]]
-    tangents = model.tangents(state.ema, latents)
+    method, latents = run.method, shown_latents(settings.seed, run.method.latent_dim)
+    start = run.programs.initial_state(jax.random.key(settings.seed), settings.steps)
+    factor, initial = flat_factor(run, run.state), flat_factor(run, start)
+    directions = principal_directions(np.asarray(splits["train"].images[:PCA_IMAGES]), PCA_VARIANCE)
+    bases = {
+        "data_directions": directions,
+        "leading_directions": directions[:, : method.latent_dim],
+        "tangent_space": tangents(method, run.state.ema, latents),
+    }
+    shares = {}
+    for name, basis in bases.items():
+        shares[f"share_in_{name}"] = variance_share(factor, basis)
+        shares[f"share_in_{name}_initial"] = variance_share(initial, basis)
+        shares[f"share_in_{name}_isotropic"] = basis.shape[-1] / method.pixels
     values = np.linalg.svd(factor, compute_uv=False)
     return {
-        "share_in_data_directions": variance_share(factor, directions),
-        "share_in_data_directions_initial": variance_share(initial, directions),
-        "share_in_data_directions_isotropic": directions.shape[1] / PIXELS,
+        **shares,
         "data_directions": directions.shape[1],
-        "share_in_leading_directions": variance_share(factor, leading),
-        "share_in_leading_directions_initial": variance_share(initial, leading),
-        "share_in_leading_directions_isotropic": leading.shape[1] / PIXELS,
-        "share_in_tangent_space": variance_share(factor, tangents),
-        "share_in_tangent_space_initial": variance_share(initial, tangents),
-        "share_in_tangent_space_isotropic": tangents.shape[2] / PIXELS,
         "largest_singular_value": float(values[0]),
         "smallest_singular_value": float(values[-1]),
     }
 
 
-def transform_numbers(model: Model, state: Any, images: np.ndarray) -> dict[str, float]:
+def transform_numbers(run: Trained, splits: Mapping[str, Dataset], settings: FitSettings) -> dict[str, float]:
     """What the learned location f does: the bound on Lip(g), and by how much it stretches the model's errors.
 
     `error_stretch` is the mean of |f(x) - f(x')| / |x - x'| over images x and their reconstructions x' (none of a
     GAN), and `image_stretch` the same over pairs of images.
     """
-    variables = {"params": model.noise_params_of(state.noise_params), "spectral_stats": state.noise_state}
-    bounds = jax.device_get(lipschitz_bound(model.noises.transform, variables))
+    method, state = run.method, run.state
+    variables = {"params": state.params["noise"], "spectral_stats": state.variables["noise"]}
+    bounds = jax.device_get(jax.jit(lipschitz_bound, static_argnums=0)(method.noise.transform(), variables))
 
     @jax.jit
-    def stretches(variables, params, batch_stats, x):
-        f = functools.partial(model.noises.transform.apply, variables)
+    def stretches(state, x):
+        f = method.noise_of(state).location
         norm = lambda difference: jnp.sqrt(jnp.square(difference).sum(axis=(1, 2, 3)))
         stretch = lambda other: (norm(f(x) - f(other)) / norm(x - other)).mean()
         found = {"image_stretch": stretch(jnp.roll(x, 1, axis=0))}
-        if model.adversarial:
-            return found
-        encode = _train.network(model.encoder, "encoder", params, batch_stats, train=False)
-        decode = _train.network(model.generator, "generator", params, batch_stats, train=False)
-        return {"error_stretch": stretch(decode(encode(f(x))[0])), **found}
+        if run.has_encoder:
+            encode, decode = (
+                method.network(part, state.params, state.variables, train=False) for part in ("encoder", "generator")
+            )
+            found["error_stretch"] = stretch(decode(encode(f(x))[0]))
+        return found
 
-    found = stretches(variables, state.params, state.model_state, _train.to_unit(images))
+    found = stretches(state, jnp.asarray(splits["test"].images[:64], jnp.float32) / 255.0)
     return {
         "lipschitz_bound": max(float(layers["g"]) for layers in bounds.values()),
         **{name: float(value) for name, value in found.items()},
     }
 
 
-def train_noise(
-    config: Config, workdir: Path, datasets: dict, say: Callable, on_log: _launch.Hook | None = None
-) -> tuple:
-    """Trains or resumes or reloads one noise in its own folder: (model, final state, results, records)."""
-    saved = _generator.saved_config(config, datasets["train"])
-    with RunDirectory.open(
-        workdir / config.noise,
-        saved,
-        resumable_keys=set(RESUMABLE) - {"noise"},
-        on_log=_launch.prefixed(on_log, config.noise),
-    ) as run:
-        model, trained = _generator.train_run(config, run, datasets, say=say, model_type=Model)
-        state = trained.state
-        if _launch.finished_steps(run) >= config.steps:
-            say(f"{run.path} is finished ({run.results['steps']} steps).")
-            return model, state, run.results, run.read_metrics()
-        held_out = model.held_out(state, datasets["test"], _generator.evaluation_key(config))
-        results = {
-            "noise": config.noise,
-            "steps": config.steps,
-            "steps_of_both_players": model.num_steps,
-            "noise_scale": model.noise_scale(state),
-            **{f"held_out_{name}": value for name, value in held_out.items()},
-            "images_per_second": trained.images_per_second,
-            "seconds": trained.seconds,
-        }
-        if model.learned_noise:
-            results["last_divergence_rise_nats"] = float(state.rise)
-        if config.noise == "low_rank":
-            results |= covariance_numbers(model, state, _generator.latents(config), datasets["train"].images)
-        if config.noise == "transformed":
-            results |= transform_numbers(model, state, np.asarray(datasets["test"].images[:64]))
-        run.write_results(results)
-        return model, state, results, run.read_metrics()
+# What is told of a learned noise, by its class.
+NUMBERS: dict[type[NoiseModel], Callable[[Trained, Mapping[str, Dataset], FitSettings], dict[str, float]]] = {
+    LearnedCovariance: covariance_numbers,
+    InvertibleLocation: transform_numbers,
+}
 
 
-def draw_samples(trained: dict[str, tuple], latents: jax.Array, path: Path) -> None:
+def noise_numbers(settings: FitSettings, run: Trained, splits: Mapping[str, Dataset]) -> dict[str, float]:
+    """What is told of a run's noise; {} of most."""
+    noise, found = getattr(run.method, "noise", None), {}
+    for kind, numbers in NUMBERS.items():
+        if isinstance(noise, kind):
+            found |= numbers(run, splits, settings)
+    return found
+
+
+def draw_samples(runs: Mapping[str, Trained], latents: np.ndarray, path: Path) -> None:
     """The same latents through the generator of every noise, side by side."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(trained), 3.5), layout="constrained")
-    for axes, (kind, (model, state, *_)) in zip(
-        figure.subplots(1, len(trained), squeeze=False)[0], trained.items(), strict=True
-    ):
-        images = np.asarray(model.generate(state.ema, latents))
-        axes.imshow(image_grid(images, columns=8, padding=1))
-        axes.set_title(TITLES[kind], fontsize=10)
+    figure = Figure(figsize=(3.2 * len(runs), 3.5), layout="constrained")
+    panels = figure.subplots(1, len(runs), squeeze=False)[0]
+    for axes, (name, run) in zip(panels, runs.items(), strict=True):
+        axes.imshow(image_grid(sample(run, len(latents), latents=latents), columns=8, padding=1))
+        axes.set_title(TITLES.get(name, name), fontsize=10)
         axes.axis("off")
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def draw_covariance(model: Model, state: Any, latents: jax.Array, path: Path) -> None:
+def draw_covariance(run: Trained, latents: np.ndarray, path: Path) -> None:
     """The leading eigenvectors of L L^T, and where they and the samples vary.
 
     An eigenvector has no sign; each is drawn with its entry of largest size positive, before the mean too. The
@@ -286,10 +263,10 @@ def draw_covariance(model: Model, state: Any, latents: jax.Array, path: Path) ->
     """
     from matplotlib.figure import Figure
 
-    vectors = np.linalg.svd(flat_factor(model, state), full_matrices=False)[0][:, :20]
+    vectors = np.linalg.svd(flat_factor(run, run.state), full_matrices=False)[0][:, :20]
     peaks = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
-    vectors = (vectors * np.sign(peaks)).T.reshape(-1, 28, 28)
-    images = np.asarray(model.generate(state.ema, latents))[..., 0]
+    vectors = (vectors * np.sign(peaks)).T.reshape(-1, *run.method.image_shape).mean(axis=-1)
+    images = sample(run, len(latents), latents=latents).mean(axis=-1)
     panels = {
         "|mean| of eigenvectors": np.abs(vectors.mean(axis=0)),
         "root mean square": np.sqrt(np.square(vectors).mean(axis=0)),
@@ -307,89 +284,114 @@ def draw_covariance(model: Model, state: Any, latents: jax.Array, path: Path) ->
         axes.imshow(panel, cmap="gray", vmin=0)
         axes.set_title(title, fontsize=10)
         axes.axis("off")
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
-def draw_curves(trained: dict[str, tuple], path: Path, title: str) -> None:
-    """Held-out numbers of every noise, and the rise of the divergence in each ascent, against the step."""
+def draw_curves(runs: Mapping[str, Trained], path: Path, title: str) -> None:
+    """Held-out numbers of every noise, and the rise of the divergence in each turn of a learned one, by step."""
     wanted = {
-        "bound on the spread KL, nats": "validation_spread_kl_bound_nats",
-        "ELBO, nats": "validation_elbo_nats",
-        "lower bound on the spread divergence, nats": "validation_divergence_bound_nats",
-        "MMD of latents, squared": "validation_mmd",
-        "squared error per pixel": "validation_reconstruction_mse",
-        "rise of the divergence in an ascent, nats": "divergence_rise",
+        "validation_spread_kl_bound_nats": "bound on the spread KL, nats",
+        "validation_elbo_nats": "ELBO, nats",
+        "validation_divergence_bound_nats": "lower bound on the spread divergence, nats",
+        "validation_mmd": "MMD of latents, squared",
+        "validation_reconstruction_mse": "squared error per pixel",
+        "noise_gain": "rise of the divergence in a turn, nats",
+        "critic_gain": "rise of the divergence in a turn, nats",
     }
+    if any("validation_spread_kl_bound_nats" in record for run in runs.values() for record in run.records):
+        del wanted["validation_elbo_nats"]  # the same up to a constant
     records, panels = [], {}
-    recorded = {name for of_kind in trained.values() for record in of_kind[3] for name in record}
-    if "validation_spread_kl_bound_nats" in recorded:  # the same up to a constant
-        recorded.discard("validation_elbo_nats")
-    for label, name in wanted.items():
-        if name not in recorded:
-            continue
-        panels[label] = {f"{kind} {name}": TITLES[kind] for kind in trained}
-        for kind in trained:
-            if name == "divergence_rise" and kind not in LEARNED:
-                continue
-            records += [{"step": r["step"], f"{kind} {name}": r[name]} for r in trained[kind][3] if name in r]
+    for metric, label in wanted.items():
+        for name, run in runs.items():
+            points = [{"step": r["step"], f"{name} {metric}": r[metric]} for r in run.records if metric in r]
+            if points:
+                records += points
+                panels.setdefault(label, {})[f"{name} {metric}"] = TITLES.get(name, name)
     save_curves(records, panels, path, title=title)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Trains each noise, or resumes, or says that it is finished; then compares them."""
-    config = _launch.parse(Config, PRESETS, "demo", argv)
-    _generator.check_config(config, IMAGE)
-    _launch.configure_jax()
-    say = _launch.talker(quiet=config.quiet)
-    on_log = _launch.load_hook(config.on_log)
+def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = None) -> int:
+    """Trains each noise, or resumes, or says that it is finished; then compares them.
 
-    # Data first: what is wrong with it is said before anything is written.
-    datasets = _generator.open_splits(config, IMAGE[0], IMAGE[2])
-    config = _generator.with_scale_from_data(config, datasets["train"])
-    say(f"data: {datasets['train'].source}: " + ", ".join(f"{len(d):,} {s}" for s, d in datasets.items()))
+    Args:
+      argv: the arguments; those of the process if None.
+      networks: Flax modules in place of the usual ones, by part.
+    """
+    typed = flags.parse_training(
+        argv, prog="python -m experiments.mnist", description=__doc__, presets=PRESETS, default="demo", all_noises=True
+    )
+    settings, quiet = typed.fit, typed.run.quiet
+    say, on_log = launch.talker(quiet=quiet), launch.load_hook(typed.run.on_log)
+    runtime.configure()
 
-    kinds = _generator.admitted_noises(config.objective) if config.noise == "all" else (config.noise,)
-    usual = dataclasses.replace(config, noise="all")  # whose folders are inside
-    workdir = Path(config.workdir or _generator.default_workdir(usual, "mnist"))
-    saved = _generator.saved_config(config, datasets["train"])
-    with RunDirectory.open(workdir, saved, resumable_keys=RESUMABLE, tensorboard=False) as run:
-        done = (run.results or {}).get("noises", {})
+    # Data and settings first: what is wrong with them is said before anything is written.
+    settings.validate()
+    splits = open_splits(typed.data, quiet=quiet)
+    train = splits["train"]
+    methods = {name: typed.build(typed.objective, name) for name in typed.noises} or {"none": typed.method}
+    methods = {
+        name: dataclasses.replace(method, image_shape=tuple(train.image_shape), networks=networks or {})
+        for name, method in methods.items()
+    }
+    for method in methods.values():
+        method.validate()
+    say(f"data: {train.source}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()))
+
+    unusual = [typed.objective] if typed.objective != "spread_elbo" else []
+    workdir = Path(typed.run.workdir or Path("runs/mnist", "-".join([typed.preset, str(settings.seed), *unusual])))
+    about = {"experiment": "mnist", "preset": typed.preset}
+    of_noises = {field.name for noise in NOISES.values() for field in dataclasses.fields(noise)}
+    config = {
+        **about,
+        "objective": typed.objective,
+        # Each noise has a folder of its own, with its settings.
+        "method": {name: value for name, value in typed.settings.items() if name not in of_noises},
+        "fit": settings,
+        "data": typed.data,
+        "data_fingerprint": train.fingerprint,
+    }
+    with RunDirectory.open(workdir, config, resumable_keys=RESUMABLE, tensorboard=False) as folder:
+        done = (folder.results or {}).get("noises", {})
         done = done if isinstance(done, dict) else {}  # damaged, or none of this library's
-        steps_of = lambda kind: done[kind].get("steps", 0) if isinstance(done.get(kind), dict) else 0
-        if all(steps_of(kind) >= config.steps for kind in kinds):
-            say(f"{workdir} is finished ({', '.join(kinds)}); raise --steps to go on.")
-            _launch.print_result(run.results)
+        steps_of = lambda name: done[name].get("steps", 0) if isinstance(done.get(name), dict) else 0
+        if all(steps_of(name) >= settings.steps for name in methods):
+            if not (folder.path / "report.html").exists():  # a crash has cost it
+                write_report(folder.path, real_images=typed.run.report_real_images)
+            say(f"{workdir} is finished ({', '.join(methods)}); raise --steps to go on.")
+            launch.print_result(folder.results)
             return 0
-        trained = {
-            kind: train_noise(dataclasses.replace(config, noise=kind), workdir, datasets, say, on_log) for kind in kinds
+        runs = {
+            name: fit(
+                method,
+                splits,
+                workdir / name,
+                settings,
+                data_settings=typed.data,
+                about=about,
+                extra_results=functools.partial(noise_numbers, settings),
+                pictures=typed.run.pictures,
+                real_images=typed.run.report_real_images,
+                on_log=launch.prefixed(on_log, name),
+                quiet=quiet,
+            )
+            for name, method in methods.items()
         }
-        latents = _generator.latents(config)
-        draw_samples(trained, latents, run.save_figure_path("samples.png"))
-        if "low_rank" in trained:
-            draw_covariance(*trained["low_rank"][:2], latents, run.save_figure_path("covariance.png"))
-        draw_curves(trained, run.save_figure_path("curves.png"), f"{config.preset}, seed {config.seed}")
-        results = {
-            "experiment": "mnist",
-            "preset": config.preset,
-            "seed": config.seed,
-            "objective": config.objective,
-            "data": datasets["train"].source,
-            "train_images": len(datasets["train"]),
-            "held_out_images": min(len(datasets["test"]), config.held_out_examples),
-            "batch_size": config.batch_size,
-            "noises": {**done, **{kind: of_kind[2] for kind, of_kind in trained.items()}},
-            "device": jax.devices()[0].device_kind,
-            "devices": config.devices or jax.device_count(),
-            "processes": jax.process_count(),
-            "versions": _launch.versions(),
-        }
-        run.write_results(results)
-        write_report(run.path)
-        figures = sorted(path.name for path in run.path.glob("*.png"))
-        say(f"figures and report: {run.path}/{', '.join(figures)}, report.html")
-        _launch.print_result(results)
+        latents = shown_latents(settings.seed, typed.method.latent_dim)
+        draw_samples(runs, latents, folder.save_figure_path("samples.png"))
+        for run in runs.values():
+            if isinstance(getattr(run.method, "noise", None), LearnedCovariance):
+                draw_covariance(run, latents, folder.save_figure_path("covariance.png"))
+        draw_curves(runs, folder.save_figure_path("curves.png"), f"{typed.preset}, seed {settings.seed}")
+        of_all = next(iter(runs.values())).results
+        found = {name: {k: v for k, v in run.results.items() if k not in SHARED} for name, run in runs.items()}
+        results = {**{name: of_all[name] for name in SHARED}, "noises": {**done, **found}}
+        folder.write_results(results)
+        write_report(folder.path, real_images=typed.run.report_real_images)
+        figures = sorted(path.name for path in folder.path.glob("*.png"))
+        say(f"figures and report: {folder.path}/{', '.join(figures)}, report.html")
+        launch.print_result(results)
     return 0
 
 
 if __name__ == "__main__":
-    _launch.run(main, in_all_processes=True)
+    launch.run_program(main, in_all_processes=True)

@@ -37,6 +37,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import _launch
+from spread_jax.cli import launch
+from spread_jax.errors import UsageError
+from spread_jax.evaluation import save_csv, save_figure
 from spread_jax.linear import pca
 
 
@@ -188,7 +191,7 @@ def check_config(config: Config) -> None:
     _launch.require_at_least(config, config.components + 1, "dimensions", "num_examples")
     _launch.require_positive(config, "smallest_variance", "min_scale", "max_scale", "spread_scale", "tolerance")
     if not config.min_scale < min(config.max_scale, config.spread_scale):
-        raise _launch.UsageError(f"--min-scale must be below --max-scale and --spread-scale, got {config.min_scale}.")
+        raise UsageError(f"--min-scale must be below --max-scale and --spread-scale, got {config.min_scale}.")
 
 
 def over_gamma(config: Config, covariance: jax.Array, starts: jax.Array) -> list[dict]:
@@ -333,7 +336,7 @@ def draw(
         legend.plot([], [], color="0.35", marker="o", linestyle="", label="points: measured; lines there: theory")[0],
     ]
     legend.legend(handles=handles, frameon=False, loc="center", fontsize=11)
-    _launch.save_figure(figure, path)
+    save_figure(figure, path)
 
 
 def compute(config: Config, run, say) -> dict:
@@ -347,7 +350,7 @@ def compute(config: Config, run, say) -> dict:
         say("contraction against the spread noise: done")
         shown = [gammas[index]["gamma"] for index in sorted({0, len(gammas) // 2, len(gammas) - 1}, reverse=True)]
         curves = over_steps(config, covariance, starts, shown)
-    _launch.save_csv(curves, run.path / "curves.csv")
+    save_csv(curves, run.path / "curves.csv")
     draw(config, spectrum(covariance), curves, gammas, sigmas, run.save_figure_path("pca.png"))
     text = table(config, gammas, sigmas)
     (run.path / "table.md").write_text(text, encoding="utf-8")
@@ -387,9 +390,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the comparison, or says that it is finished."""
     config = _launch.parse(Config, PRESETS, "small", argv)
     check_config(config)
-    _launch.configure_jax()
     return _launch.run_once(config, functools.partial(compute, config))
 
 
 if __name__ == "__main__":
-    _launch.run(main)
+    launch.run_program(main)

@@ -208,7 +208,7 @@ WAE = {"key": KEY, "weight": 1.0}
         (
             lambda: sj.spread_kl_gaussians(MEAN, COV, MEAN, COV, LowRankGaussianNoise(1.0, jnp.ones((3, 1)))),
             ValueError,
-            r"factor must have shape \(2, R\)",
+            r"factor must have shape .* for events of shape \(2,\), got \(3, 1\)",
         ),
         (lambda: LowRankGaussianNoise(1.0, None), TypeError, r"factor must be an array of shape \[\*event, R\]"),
         (lambda: LowRankGaussianNoise(1.0, NAN), ValueError, "factor must be finite"),

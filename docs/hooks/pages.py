@@ -11,7 +11,7 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "spread_jax"
-ORDER = ("noise", "divergences", "objectives", "linear", "nn", "data", "training", "evaluation")
+ORDER = ("noise", "divergences", "objectives", "linear", "nn", "data", "training", "evaluation", "models")
 
 
 def public_names(path: Path) -> list[str]:
@@ -25,7 +25,7 @@ def public_names(path: Path) -> list[str]:
 def namespaces() -> Iterator[tuple[str, list[str]]]:
     """(dotted name, public names): the package, its folders, and modules that are namespaces of their own."""
     yield "spread_jax", public_names(PACKAGE / "__init__.py")
-    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")} - {"cli"}  # --help documents that
     for folder in (*(name for name in ORDER if name in folders), *sorted(folders - set(ORDER))):
         names = public_names(PACKAGE / folder / "__init__.py")
         if names:

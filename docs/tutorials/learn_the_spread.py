@@ -25,7 +25,7 @@ import numpy as np
 import optax
 
 import spread_jax as sj
-from spread_jax.training import AscentSchedule, LossOutput, create_alternating_state, make_alternating_step
+from spread_jax.training import LossOutput, Player, Round, create_train_state, make_train_step
 
 # %% [markdown]
 # ## 1. A line, and noise of three shapes
@@ -112,8 +112,9 @@ for size in (1.0, 0.5, 0.1, 0.01):
 #
 # ## 3. Two players
 #
-# The model descends on the divergence, the noise ascends on it. `make_alternating_step` takes both objectives and a
-# schedule of turns. We compare three noises, each with the same model, start and learning rate:
+# The model descends on the divergence, the noise ascends on it. Each is a `Player` with the part of the parameters that
+# it moves, a loss that it minimises (the noise, minus the divergence) and its number of steps in a round. We compare
+# three noises, each with the same model, start and learning rate:
 #
 # - isotropic noise, fixed;
 # - a ridge that lies across the data's line, fixed: an unlucky choice, and how should one know?
@@ -125,57 +126,63 @@ for size in (1.0, 0.5, 0.1, 0.01):
 
 
 # %%
-def loss(angle, free, model_state, noise_state, batch, *, key, step):
-    noise = sj.LowRankGaussianNoise(batch["sigma"], free).with_volume(batch["volume"])
-    return spread_kl(angle, noise), LossOutput(None, {"angle": angle, "free": free})
+def divergence(params, batch):
+    noise = sj.LowRankGaussianNoise(batch["sigma"], params["noise"]).with_volume(batch["volume"])
+    return spread_kl(params["angle"], noise)
 
 
-def log_divergence(*arguments, **options):
-    value, output = loss(*arguments, **options)
-    return jnp.log(value + 1e-6), output
+def model_loss(params, variables, batch, *, key, step):
+    shown = {"angle": params["angle"], "free": params["noise"]}
+    return divergence(params, batch), LossOutput({}, shown)
 
 
-model_optimizer, noise_optimizer = optax.sgd(0.02), optax.adam(0.1)
-schedules = {"fixed": AscentSchedule(2, 0), "learned": AscentSchedule(2, 1)}
-steps = {
-    name: make_alternating_step(loss, log_divergence, model_optimizer, noise_optimizer, schedule)
-    for name, schedule in schedules.items()
-}
+def noise_loss(params, variables, batch, *, key, step):
+    return -jnp.log(divergence(params, batch) + 1e-6), LossOutput({}, {})
+
+
+def players(noise_steps):
+    return (
+        Player("model", ("angle",), model_loss, optax.sgd(0.02), steps=2),
+        Player("noise", ("noise",), noise_loss, optax.adam(0.1), steps=noise_steps),
+    )
+
+
+games = {"fixed": players(0), "learned": players(1)}
+steps = {name: make_train_step(game) for name, game in games.items()}
 
 
 def play(kind, sigma, volume, *, descents=60):
     """The model's error and the noise's direction before each of the model's steps."""
     angle, free = jnp.float32(1.5), jnp.asarray(arrow(2.0)[:, None], jnp.float32)
-    state = create_alternating_state(
-        angle, None, model_optimizer, free, None, noise_optimizer, key=jax.random.key(0)
-    )  # fmt: skip
+    state = create_train_state({"angle": angle, "noise": free}, {}, games[kind], key=jax.random.key(0))
+    turns = Round(tuple(player.steps for player in games[kind]))
     batch = {"sigma": np.float32(sigma), "volume": np.float32(volume)}
     records = []
-    for _ in range(schedules[kind].steps_for(descents)):
+    for _ in range(turns.total_steps(descents)):
         state, metrics = steps[kind](state, batch)
         records.append(metrics)
-    mine = [record for record in jax.device_get(records) if not record["ascending"]]
+    mine = [record for record in jax.device_get(records) if "angle" in record]
     errors = np.array([abs(record["angle"] - TRUTH) for record in mine])
     columns = np.array([record["free"][:, 0] for record in mine])
     return errors, np.arctan2(columns[:, 1], columns[:, 0]) % np.pi
 
 
-games = {
+played = {
     "isotropic": play("fixed", ISOTROPIC, 1e-6),
     "across": play("fixed", SIGMA, LENGTH),
     "learned": play("learned", SIGMA, LENGTH),
 }
-for name, (errors, _) in games.items():
+for name, (errors, _) in played.items():
     steps_needed = int((errors > 0.05).sum())
     print(f"{name}: {steps_needed if steps_needed < len(errors) else 'over 60'} steps to an error of 0.05")
-print(f"the noise has learned the direction {games['learned'][1][-1]:.2f}")
+print(f"the noise has learned the direction {played['learned'][1][-1]:.2f}")
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout="constrained")
-for name, (errors, _) in games.items():
+for name, (errors, _) in played.items():
     left.plot(errors, label=name)
 left.set(xlabel="steps of the model", ylabel="error of the angle", yscale="log", ylim=(1e-3, 2))
 left.legend(frameon=False)
-right.plot(games["learned"][1], color="C2")
+right.plot(played["learned"][1], color="C2")
 right.axhline(TRUTH, color="0.6", linestyle=":")
 _ = right.set(xlabel="steps of the model", ylabel="direction of the noise", title="dotted: the data's line")
 
@@ -190,7 +197,7 @@ _ = right.set(xlabel="steps of the model", ylabel="direction of the noise", titl
 # closed form for Gaussians, and the standard error of the angle from $N$ examples is one over the root of $N$ times it.
 
 # %%
-noises = {"isotropic": isotropic, "across": across, "learned": ridge(games["learned"][1][-1])}
+noises = {"isotropic": isotropic, "across": across, "learned": ridge(played["learned"][1][-1])}
 
 
 @jax.jit
@@ -234,7 +241,8 @@ for name, noise in noises.items():
 #
 # ## 6. Try
 #
-# 1. Give the noise 20 steps for each of the model, `AscentSchedule(1, 20)`. Does the model get there sooner?
+# 1. Give the noise 20 steps for each of the model, `steps=1` for the model and `steps=20` for it. Does the model get
+#    there sooner?
 # 2. Learn $a$ itself, both numbers: `line = lambda a: jnp.outer(a, a)`, starting from a length of 0.3. Plot the noise's
 #    direction. Compare the steps with those of isotropic noise, at the same learning rate, before you believe in
 #    either.

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 __all__ = [
+    "at_least_float32",
     "check_batch",
     "check_callable",
     "check_count",
@@ -35,6 +36,11 @@ def check_batch(name: str, value) -> jax.Array:
     if array.ndim == 0:
         raise ValueError(f"{name} must have shape [batch, *event], got a scalar.")
     return array
+
+
+def at_least_float32(array: jax.Array) -> jax.Array:
+    """The array, in float32 if its dtype is narrower."""
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
 def check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Array) -> None:

@@ -108,7 +108,7 @@ def _distances_by_products_jvp(primals, tangents):
 
 
 def _centre(y, x):
-    centre = jax.lax.stop_gradient(x.mean(axis=0))
+    centre = jax.lax.stop_gradient(x.mean(axis=0, keepdims=True))
     return y - centre, x - centre
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import __main__ as bench
 from benchmarks import _measure, _report, density, devices, gpu, loader, profile, program, start, step
-from experiments import _launch
+from spread_jax import runtime
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ def quick_compilation(monkeypatch, tmp_path):
     """In new processes: compiling is most of what tiny sizes cost, so without optimisation."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("SPREAD_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(_launch, "configure_jax", lambda: None)  # it changes this process for good
+    monkeypatch.setattr(runtime, "configure", lambda: None)  # it changes this process for good
 
 
 def run_module(*command):
@@ -146,7 +146,7 @@ def test_train_steps_on_an_accelerators_terms(tmp_path):
 @pytest.mark.slow
 def test_step():
     sides = ("spread_jax", "contiguous") if importlib.util.find_spec("torch") else ("spread_jax",)
-    tables = step.run(step.Config(widths=(2,), batch_size=4, steps=1, rounds=1, sides=sides))
+    tables = step.run(step.Config(widths=(2,), networks=("model",), batch_size=4, steps=1, rounds=1, sides=sides))
     times, costs = tables[0].rows, tables[1].rows
     assert [row["side"] for row in times] == [row["side"] for row in costs] == list(sides)
     assert all(row["ms"] > 0 for row in times)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from spread_jax.cli._launch import load_hook, prefixed, run_program
+from spread_jax.cli.launch import load_hook, prefixed, run_program
 from spread_jax.errors import UsageError
 
 HOOK = """from __future__ import annotations

@@ -42,6 +42,16 @@ def test_moments_of_batches_are_those_of_all_even_far_from_zero(chance):
         np.testing.assert_allclose(found.covariance, np.cov(features - 1e8, rowvar=False), rtol=1e-6, atol=1e-6)
 
 
+def test_stored_moments_are_those_of_the_features(chance):
+    p, q, more = chance.standard_normal((3, 40, 3))
+    stored = Moments.from_covariance(p.mean(axis=0), np.cov(p, rowvar=False), count=40)
+    assert frechet_distance(stored, Moments.of(q)) == pytest.approx(frechet_distance(Moments.of(p), Moments.of(q)))
+    whole = stored.update(more)
+    np.testing.assert_allclose(whole.covariance, np.cov(np.concatenate([p, more]), rowvar=False), rtol=1e-12)
+    unknown = Moments.from_covariance(stored.mean, stored.covariance, count=2)
+    assert frechet_distance(unknown, Moments.of(q)) == pytest.approx(frechet_distance(stored, Moments.of(q)), rel=1e-12)
+
+
 def test_moments_are_a_frozen_pytree(chance):
     moments = Moments.of(chance.standard_normal((5, 2)))
     assert len(jax.tree.leaves(moments)) == 3
@@ -166,17 +176,22 @@ def pairwise(x, y):
     return np.sqrt(np.square(x[:, None] - y[None]).sum(axis=-1))
 
 
+def by_brute_force(real, fake, k):
+    """(precision, recall, density, coverage) from all distances at once."""
+    real_radii, fake_radii = (np.sort(pairwise(f, f), axis=1)[:, k] for f in (real, fake))
+    inside = pairwise(real, fake) <= real_radii[:, None]
+    return (
+        inside.any(axis=0).mean(),
+        (pairwise(real, fake) <= fake_radii).any(axis=1).mean(),
+        inside.sum() / (k * len(fake)),
+        inside.any(axis=1).mean(),
+    )
+
+
 @pytest.mark.parametrize("chunk_size", [5, 17, 1000])
 def test_precision_recall_density_coverage_by_brute_force(chunk_size, chance):
     real, fake, k = chance.standard_normal((60, 3)), 0.7 * chance.standard_normal((45, 3)) + 0.4, 3
-    real_radii, fake_radii = (np.sort(pairwise(f, f), axis=1)[:, k] for f in (real, fake))
-    inside = pairwise(real, fake) <= real_radii[:, None]
-    expected = (
-        inside.any(axis=0).mean(),
-        (pairwise(real, fake) <= fake_radii).any(axis=1).mean(),
-        inside.sum() / (k * 45),
-        inside.any(axis=1).mean(),
-    )
+    expected = by_brute_force(real, fake, k)
     found = precision_recall_density_coverage(real, fake, k=k, chunk_size=chunk_size)
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert len(set(expected)) == 4
@@ -185,6 +200,32 @@ def test_precision_recall_density_coverage_by_brute_force(chunk_size, chance):
     radii = peer.kneighbors(real)[0][:, k]
     nearest = NearestNeighbors(n_neighbors=1).fit(fake).kneighbors(real)[0][:, 0]
     assert found.coverage == pytest.approx((nearest <= radii).mean(), rel=1e-12)
+
+
+def test_ties_are_those_of_brute_force(chance):
+    """Examples at just the radius of a ball, which are inside, as on grids; no rounding decides."""
+    real, fake = np.array([[3.0], [1.0], [4.0]]), np.array([[3.0], [3.0], [4.0]])
+    scores = precision_recall_density_coverage(real, fake, k=1)
+    assert scores.density == pytest.approx(8 / 3)
+    assert scores.coverage == 1
+    for _ in range(200):
+        size = chance.integers(4, 12, 2)
+        dimension, k = chance.integers(1, 4), int(chance.integers(1, 4))
+        real, fake = (chance.integers(0, 5, (n, dimension)).astype(float) for n in size)
+        for offset in (0.0, 1000.0):
+            found = precision_recall_density_coverage(real + offset, fake + offset, k=k, chunk_size=5)
+            assert found == pytest.approx(by_brute_force(real, fake, k), rel=1e-12)
+
+
+def test_distances_far_below_the_spread_keep_their_digits(chance):
+    x = chance.standard_normal((9, 3))
+    near = x + 2e-7 * np.eye(3)[chance.integers(0, 3, 9)]
+    indices, distances = nearest_neighbours(x, near[::-1], chunk_size=4)
+    np.testing.assert_array_equal(indices[:, 0], np.arange(9)[::-1])
+    np.testing.assert_allclose(distances, 2e-7, rtol=1e-8)
+    found, distances = nearest_neighbours(x, np.concatenate([near, near - 1e-9, x + 3]), k=2, chunk_size=4)
+    np.testing.assert_array_equal(np.sort(found % 9, axis=1), np.arange(9)[:, None].repeat(2, axis=1))
+    assert (distances > 1e-7).all()
 
 
 def test_copies_of_real_examples_are_inside_and_a_lost_mode_is_missed(chance):
@@ -245,6 +286,11 @@ BAD = [
     (lambda: kernel_distance(P, P, num_subsets=2, subset_size=20), "key must be a JAX random key"),
     (lambda: precision_recall_density_coverage(P, P[:5]), "more than k = 5 examples, got 70 and 5"),
     (lambda: nearest_neighbours(P, P, k=71), "k must be at most the number of others, 70, got 71"),
+    (lambda: Moments.from_covariance(np.zeros(2), np.eye(3), count=9), r"got \(2,\) and \(3, 3\)"),
+    (lambda: Moments.from_covariance(np.zeros(2), np.eye(2), count=1), "count must be at least 2"),
+    (lambda: Moments.from_covariance(np.zeros(2), np.array([[1, 0.5], [0, 1]]), count=9), "must be symmetric"),
+    (lambda: Moments.from_covariance(np.zeros(2), -np.eye(2), count=9), "no negative variance"),
+    (lambda: Moments.from_covariance(np.zeros(1), np.full((1, 1), np.nan), count=9), "must be finite"),
     (lambda: sharpness(np.zeros((1, 2, 9, 3))), "at least 3x3 pixels"),
     (lambda: relative_sharpness(np.zeros((2, 4, 4, 1)), np.zeros((2, 4, 4, 1))), "with some detail"),
     (lambda: relative_sharpness(np.zeros((2, 4, 4, 1)), np.zeros((2, 5, 4, 1))), "share their size"),
@@ -255,3 +301,15 @@ BAD = [
 def test_bad_input_gets_a_sentence(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("other", [P, (P.mean(axis=0), np.cov(P.T))], ids=["features", "mean and covariance"])
+def test_what_are_no_moments_is_told_how_to_make_them(other):
+    message = rf"must be Moments, got {type(other).__name__}; make them with Moments.of\(features\) or Moments.from_cov"
+    for call in (
+        lambda: frechet_distance(Moments.of(P), other),
+        lambda: frechet_distance(other, Moments.of(P)),
+        lambda: Moments.of(P).merge(other),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()

@@ -1,24 +1,20 @@
-"""Small networks in place of those for 28x28 images, which take long to compile and are tested where they are."""
-
-from typing import Any
+"""Small networks for 28x28 images, in place of those that take long to compile and are tested where they are."""
 
 import flax.linen as nn
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from experiments import _generator, _launch
+from spread_jax import runtime
 
 CACHE = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
 QUICK = "jax_disable_most_optimizations"  # such small programs take longer to compile than to run
 
 
 class Encoder(nn.Module):
-    """Stands for `Encoder28`."""
+    """Stands for `DenseEncoder`."""
 
-    latent_dim: int
-    width: int
-    dtype: Any
+    latent_dim: int = 3
 
     @nn.compact
     def __call__(self, y, *, train):
@@ -27,11 +23,8 @@ class Encoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """Stands for `Generator28`."""
+    """Stands for `DenseGenerator`."""
 
-    width: int
-    channels: int
-    dtype: Any
     native_gradients: bool = False
 
     @nn.compact
@@ -40,26 +33,17 @@ class Generator(nn.Module):
         return nn.sigmoid(nn.Dense(28 * 28)(nn.tanh(h))).reshape(-1, 28, 28, 1)
 
 
-class Discriminator(nn.Module):
-    """Stands for `Discriminator28`; does not start at 0, so that the generator's gradient does not vanish."""
-
-    width: int
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, y):
-        return nn.Dense(1)(nn.tanh(nn.Dense(4)(y.reshape(len(y), -1))))[:, 0]
+@pytest.fixture(scope="session")
+def networks():
+    """An encoder and a generator of 3 latents."""
+    return {"encoder": Encoder(), "generator": Generator()}
 
 
 @pytest.fixture(scope="module")
-def small_networks(tmp_path_factory):
-    """These networks, quick compilation, caches of its own: of images, and of programs compiled by several tests."""
+def quick(tmp_path_factory):
+    """Quick compilation, and caches of its own: of images, and of programs that several tests compile."""
     before = {name: getattr(jax.config, name) for name in CACHE} | {QUICK: jax.config.read(QUICK)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "configure_jax", lambda: None)
-        patch.setattr(_generator, "Encoder28", Encoder)
-        patch.setattr(_generator, "Generator28", Generator)
-        patch.setattr(_generator, "Discriminator28", Discriminator)
         patch.setenv("SPREAD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
         try:
             for name, value in zip((*CACHE, QUICK), (str(tmp_path_factory.mktemp("xla")), 0.05, True), strict=True):
@@ -70,3 +54,11 @@ def small_networks(tmp_path_factory):
             for name, value in before.items():
                 jax.config.update(name, value)
             compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_global_settings():
+    """The compiler's flags and cache belong to a program, not to a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "configure", lambda: None)
+        yield

@@ -5,18 +5,15 @@ import dataclasses
 import functools
 import json
 import math
-import os
-import signal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
 from PIL import Image
-from sklearn.mixture import GaussianMixture
 
-from experiments import _generator, _latents, _launch, _scores, compare
+from experiments import _table, compare
+from spread_jax.cli import flags, launch
 from spread_jax.data import open_dataset
 from spread_jax.evaluation import (
     FeatureNetwork,
@@ -26,13 +23,13 @@ from spread_jax.evaluation import (
     precision_recall_density_coverage,
     relative_sharpness,
 )
-from spread_jax.training import Checkpointer, RunDirectoryError, TrainingInterrupted
+from spread_jax.models import NOISES, evaluation_key, held_out, open_run, sample, scores, shown_latents
+from spread_jax.training import RunDirectoryError, TrainingInterrupted
 
-pytestmark = pytest.mark.usefixtures("small_networks")
+pytestmark = pytest.mark.usefixtures("quick")
 TINY = {
     "preset": "digits",
     "steps": 6,
-    "width": 2,
     "latent_dim": 3,
     "batch_size": 8,
     "max_examples": 40,
@@ -45,12 +42,20 @@ TINY = {
     "flow_steps": 10,
     "flow_couplings": 2,
 }
+HOOK = """import os, pathlib, signal
+
+def stop(step, metrics):
+    folder = pathlib.Path(__file__).with_name("comparison")
+    if "fixed-0/elbo" in metrics and step == 4 and not (folder / "stopped").exists():
+        (folder / "stopped").touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
 METRICS = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "sharpness")
 CLOCK = ("images_per_second", "training_seconds")
 
 
 @pytest.fixture(scope="module")
-def network(small_networks, tmp_path_factory):
+def features(quick, tmp_path_factory):
     """The path of features that nobody trained, for speed."""
     chance, sizes = np.random.default_rng(0), (1, 2, 4, 8, 16)
     params = {"mean": np.float32(0), "scale": np.float32(0.5)}
@@ -63,11 +68,11 @@ def network(small_networks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def run(network):
+def run(features, networks):
     def run(workdir, methods=("vae", "fixed"), **changes):
-        settings = {**TINY, "workdir": workdir, "features": network, "seeds": 2, **changes}
-        flags = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        return compare.main([*flags, "--methods", *methods, "--quiet"])
+        settings = {**TINY, "workdir": workdir, "features": features, "seeds": 2, **changes}
+        typed = [text for name, value in settings.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+        return compare.main([*typed, "--methods", *methods, "--no-pictures", "--quiet"], networks=networks)
 
     return run
 
@@ -84,21 +89,15 @@ def without_clock(results):
 @pytest.fixture(scope="module")
 def story(run, tmp_path_factory):
     """(folder, what was seen on the way) of a comparison that is stopped twice, finished, and given one more seed."""
-    workdir, seen = tmp_path_factory.mktemp("runs") / "comparison", {}
-    check = _generator.NoiseFamily.check
-
-    def stop_within(self, step, metrics):
-        check(self, step, metrics)
-        if step == 4 and (workdir / "vae-0/results.json").exists():
-            os.kill(os.getpid(), signal.SIGTERM)
+    folder = tmp_path_factory.mktemp("runs")
+    workdir, seen = folder / "comparison", {}
+    (folder / "hook.py").write_text(HOOK)
 
     def stop_before_scores(*arguments, **options):
         raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_generator.NoiseFamily, "check", stop_within)
-        with pytest.raises(TrainingInterrupted, match="after step 4"):
-            run(workdir, seeds=1)
+    with pytest.raises(TrainingInterrupted, match="after step 4"):
+        run(workdir, seeds=1, on_log=f"{folder}/hook.py:stop")
     seen["first table"] = (workdir / "table.md").read_text(encoding="utf-8")
     seen["vae-0"] = (workdir / "vae-0/results.json").stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as patch:
@@ -107,8 +106,8 @@ def story(run, tmp_path_factory):
             run(workdir, seeds=1)
     seen["after kills"] = {path.parent.name for path in workdir.glob("**/results.json")}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare, "draw_comparison", lambda *_: None)
-        patch.setattr(compare, "draw_samples", lambda *_: None)
+        patch.setattr(_table, "draw_comparison", lambda *_: None)
+        patch.setattr(_table, "draw_samples", lambda *_: None)
         assert run(workdir, seeds=1) == 0
     seen["one seed"] = results_of(workdir)
     assert run(workdir) == 0
@@ -127,9 +126,9 @@ def test_tables_are_numpys_means_and_errors_of_the_runs(finished):
     assert list(lines) == ["vae", "fixed", "last_step", "flow", "vae_mixture", "fixed_mixture"]
     runs = {(m, s): results_of(finished / f"{m}-{s}")["rows"] for m in ("vae", "fixed") for s in (0, 1)}
     for row, line in lines.items():
-        scores = [runs["vae" if row.startswith("vae") else "fixed", seed][row] for seed in (0, 1)]
+        numbers = [runs["vae" if row.startswith("vae") else "fixed", seed][row] for seed in (0, 1)]
         for metric in METRICS:
-            values = [s[metric] for s in scores]
+            values = [s[metric] for s in numbers]
             assert line[metric] == pytest.approx(np.mean(values))
             assert line[f"{metric}_standard_error"] == pytest.approx(scipy.stats.sem(values), abs=1e-12)
     # Seeds matter, and the rows of one run differ from each other.
@@ -155,23 +154,21 @@ def test_tables_are_numpys_means_and_errors_of_the_runs(finished):
     assert text.count("| fixed Gaussian |") == 2
     assert results["features_fingerprint"] in text
     assert "fixed Gaussian − VAE" in text
-    for name, size in (("comparison.png", 400), ("samples.png", 200), ("vae-0/samples.png", 200)):
+    for name, size in (("comparison.png", 400), ("samples.png", 200)):
         with Image.open(finished / name) as image:
             assert min(image.size) > size
     assert 'id="tables"' in (finished / "report.html").read_text()
 
 
-def test_scores_are_what_the_library_gives(finished, network):
+def test_scores_are_what_the_library_gives(finished, features, networks):
     found = results_of(finished / "fixed-1")["rows"]
-    config = compare.run_config(dataclasses.replace(compare.PRESETS["digits"], **TINY), "fixed", 1)
-    model = _generator.Model(config, (28, 28, 1))
-    with Checkpointer(finished / "fixed-1" / "checkpoints") as saver:
-        state = saver.restore(jax.eval_shape(model.initial_state)).state
+    trained = open_run(finished / "fixed-1", networks=networks)
     test = open_dataset("digits", "test", image_size=28, channels=1, max_examples=40)
-    extract, key = FeatureNetwork.load(network), jax.random.fold_in(jax.random.key(1), 0x5EED)
+    extract, key = FeatureNetwork.load(features), evaluation_key(1)
     z = jax.random.normal(jax.random.fold_in(key, 0), (40, 3))
-    for row, variables in (("fixed", state.ema), ("last_step", model.current(state))):
-        samples = np.round(np.asarray(model.generate(variables, z)) * 255).astype(np.uint8)
+    for row in ("fixed", "last_step"):
+        images = sample(trained, 40, latents=z, last_step=row == "last_step")
+        samples = np.round(images * 255).astype(np.uint8)
         fake, real = extract(samples), extract(test.images)
         kernel = kernel_distance(fake, real)
         expected = {
@@ -182,18 +179,18 @@ def test_scores_are_what_the_library_gives(finished, network):
             "sharpness": relative_sharpness(samples, test.images).value,
         }
         assert {k: found[row][k] for k in expected} == pytest.approx(expected, rel=1e-5)
-    held_out = model.held_out(state, test, key)
-    assert found["fixed"]["held_out_reconstruction_mse"] == pytest.approx(held_out["reconstruction_mse"], rel=1e-5)
-    assert found["fixed"]["held_out_bound_nats"] == pytest.approx(held_out["elbo_nats"], rel=1e-5)
+    expected = held_out(trained, test, count=16, batch_size=8, key=key)
+    assert found["fixed"]["held_out_reconstruction_mse"] == pytest.approx(expected["reconstruction_mse"], rel=1e-5)
+    assert found["fixed"]["held_out_bound_nats"] == pytest.approx(expected["elbo_nats"], rel=1e-5)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    assert found["fixed"]["parameters"] == count(state.params)
+    assert found["fixed"]["parameters"] == count(trained.state.params)
     seconds, rate = found["fixed"]["training_seconds"], found["fixed"]["images_per_second"]
     assert seconds * rate == pytest.approx(TINY["steps"] * TINY["batch_size"])
     # In the picture the prior and the flow see the same normal numbers.
     with np.load(finished / "fixed-1" / "shown.npz") as shown:
-        assert set(shown) == {"own", "last_step", "mixture", "flow"}
-        first = np.asarray(model.generate(state.ema, _generator.latents(config, compare.SHOWN)))
-        np.testing.assert_allclose(shown["own"] / 255, first, atol=0.003)
+        assert set(shown) == {"fixed", "last_step", "fixed_mixture", "flow"}
+        first = sample(trained, compare.SHOWN, latents=shown_latents(1, 3, compare.SHOWN))
+        np.testing.assert_allclose(shown["fixed"] / 255, first, atol=0.003)
 
 
 def test_it_resumes_within_a_run_and_between_runs(story, run, tmp_path, monkeypatch):
@@ -203,7 +200,7 @@ def test_it_resumes_within_a_run_and_between_runs(story, run, tmp_path, monkeypa
     assert "fixed" not in seen["first table"]
     assert (workdir / "vae-0/results.json").stat().st_mtime_ns == seen["vae-0"]
     for name in ("draw_comparison", "draw_samples"):
-        monkeypatch.setattr(compare, name, lambda *_: None)
+        monkeypatch.setattr(_table, name, lambda *_: None)
     assert run(tmp_path / "unbroken", ("fixed",), seeds=1, mixture_components=0, flow_steps=0) == 0
     mine, theirs = (without_clock(results_of(w / "fixed-0")) for w in (workdir, tmp_path / "unbroken"))
     mine["fixed"].pop("latent_log_density_nats")
@@ -224,97 +221,84 @@ def test_seeds_are_added_and_nothing_is_trained_twice(story, run, capsys, monkey
 
 
 def test_differences_are_over_the_seeds_that_both_have():
-    scores = {"vae": {0: 1.0, 1: 5.0}, "fixed": {1: 2.0, 2: 9.0, 3: None}, "flow": {2: 8.0}}
-    rows = {row: {seed: {"recall": value} for seed, value in seeds.items()} for row, seeds in scores.items()}
-    found = {line["method"]: line for line in compare.differences(rows)}
+    recalls = {"vae": {0: 1.0, 1: 5.0}, "fixed": {1: 2.0, 2: 9.0, 3: None}, "flow": {2: 8.0}}
+    rows = {row: {seed: {"recall": value} for seed, value in seeds.items()} for row, seeds in recalls.items()}
+    found = {line["method"]: line for line in _table.differences(rows)}
     assert found["fixed"]["seeds"] == found["flow"]["seeds"] == 1
     assert (found["fixed"]["recall"], found["flow"]["recall"]) == (-3.0, -1.0)
-    lines = {line["method"]: line for line in compare.table(rows)}
+    lines = {line["method"]: line for line in _table.table(rows)}
     assert (lines["vae"]["recall"], lines["vae"]["recall_standard_error"]) == (3.0, 2.0)
     assert lines["fixed"]["recall"] is None  # one of its seeds has none
 
 
+def typed(*arguments):
+    return flags.parse_training(
+        [*arguments], prog="", description="", presets=compare.PRESETS, default="faces", extra=compare.Comparison(),
+        all_methods=True,
+    )  # fmt: skip
+
+
 def test_methods_differ_in_what_they_say_alone():
-    config = dataclasses.replace(compare.PRESETS["digits"], **TINY)
-    base = dataclasses.asdict(compare.run_config(config, "fixed", 4))
-    assert (base["objective"], base["noise"], base["seed"]) == ("spread_elbo", "gaussian", 4)
+    given = typed("--preset", "digits", "--width", "2", "--learned-scale")
+    base = dataclasses.asdict(compare.TRAINED["fixed"](given))
+    assert compare.TRAINED["fixed"](given).name == "spread_elbo"
+    assert (base["width"], base["latent_dim"], base["learning_rate"]) == (2, 10, 5e-3)
     expected = {
-        "vae": {"objective": "elbo"},
-        "laplace": {"noise": "laplace"},
-        "low_rank": {"noise": "low_rank"},
-        "transformed": {"noise": "transformed"},
-        "wae_mmd": {"objective": "wae_mmd"},
-        "spread_gan": {"objective": "spread_gan"},
-        "learned_sigma": {"objective": "elbo", "learned_scale": True},
-        "constant_sigma": {"noise_scale": 0.3},
-        "importance": {"objective": "importance"},
+        "vae": ("elbo", "gaussian", {"learned_scale": False}),
+        "fixed": ("spread_elbo", "gaussian", {}),
+        "laplace": ("spread_elbo", "laplace", {}),
+        "low_rank": ("spread_elbo", "low_rank", {}),
+        "transformed": ("spread_elbo", "transformed", {}),
+        "wae_mmd": ("wae_mmd", None, {"mmd_weight": 10.0}),
+        "spread_gan": ("spread_gan", "gaussian", {"critic_learning_rate": 2e-3, "generator_learning_rate": 1e-3}),
+        "learned_sigma": ("elbo", "gaussian", {"learned_scale": True}),
+        "constant_sigma": ("spread_elbo", "gaussian", {"noise_scale": 0.3}),
+        "importance": ("importance", "gaussian", {"importance_samples": 5}),
     }
-    assert set(expected) | {"fixed"} == set(compare.METHODS)
-    for method, changes in expected.items():
-        mine = dataclasses.asdict(compare.run_config(config, method, 4))
-        assert {k: v for k, v in mine.items() if v != base[k]} == changes
-    for name, preset in compare.PRESETS.items():
-        compare.check_config(preset, (preset.image_size, preset.image_size, 3))
-        assert preset.preset == name
+    assert set(expected) == set(compare.TRAINED)
+    for row, (objective, noise, changes) in expected.items():
+        method = compare.TRAINED[row](given)
+        mine = dataclasses.asdict(method)
+        assert method.name == objective
+        assert noise is None or type(method.noise) is type(NOISES[noise])
+        assert {name: mine[name] for name in changes} == changes
+        shared = (base.keys() & mine.keys()) - changes.keys() - {"noise"}
+        assert {name: mine[name] for name in shared} == {name: base[name] for name in shared}
 
 
-@pytest.fixture(scope="module")
-def curved():
-    """Posteriors whose aggregate is a bent band, which no Gaussian fits: (train, validation)."""
-    chance = np.random.default_rng(0)
-    u = chance.normal(size=(1200, 2)).astype(np.float32)
-    mean = np.stack([u[:, 0], 0.2 * u[:, 1] + np.square(u[:, 0]) - 1], axis=1)
-    std = np.full_like(mean, 0.1)
-    return _latents.Posteriors(mean[:900], std[:900]), _latents.Posteriors(mean[900:], std[900:])
+@pytest.mark.parametrize("preset", compare.PRESETS)
+def test_presets_are_settings_that_there_are_and_work(preset):
+    given = typed("--preset", preset)
+    parts = (given.fit, given.data, given.extra)
+    known = {field.name: getattr(part, field.name) for part in parts for field in dataclasses.fields(part)}
+    known |= given.settings
+    assert {name: known[name] for name in compare.PRESETS[preset]} == compare.PRESETS[preset]
+    given.extra.validate()
+    given.fit.validate()
+    side = given.data.image_size or 64
+    for make in compare.TRAINED.values():
+        dataclasses.replace(make(given), image_shape=(side, side, 3)).validate()
 
 
-def test_densities_of_latents_fit_better_than_the_prior_and_draw_what_they_say(curved):
-    train, validation = curved
-    z = validation.draw(jax.random.key(5))
-    prior = _latents.standard_normal(2)
-    mixture = _latents.fit_mixture(train, components=6, seed=0)
-    flow = _latents.fit_flow(train, validation, seed=0, steps=200, couplings=2, width=16)
-    one = _latents.fit_mixture(train, components=1, seed=0)
-    score = {name: density.log_density(z).mean() for name, density in
-             {"prior": prior, "one": one, "mixture": mixture, "flow": flow}.items()}  # fmt: skip
-    assert score["prior"] < score["one"] < min(score["mixture"], score["flow"]) - 0.2
-    np.testing.assert_allclose(prior.log_density(z), scipy.stats.multivariate_normal(np.zeros(2)).logpdf(z), rtol=1e-5)
-    peer = GaussianMixture(6, reg_covar=1e-4, random_state=0, max_iter=200).fit(train.draw(jax.random.key(0)))
-    np.testing.assert_allclose(mixture.log_density(z), peer.score_samples(z), atol=1e-2)
-    for density in (mixture, flow):
-        draws = density.sample(4000, jax.random.key(1))
-        # E -log p of its own draws is its entropy; their mean log density must be that of held-out draws, nearly.
-        assert density.log_density(draws).mean() == pytest.approx(density.log_density(z).mean(), abs=0.3)
-        assert np.corrcoef(np.square(draws[:, 0]), draws[:, 1])[0, 1] > 0.8
-        np.testing.assert_allclose(draws.mean(axis=0), train.mean.mean(axis=0), atol=0.15)
-
-
-def test_latents_of_a_split_are_the_encoders():
-    class Model:
-        def encode(self, state, batch, key):
-            mean = batch.reshape(len(batch), -1)[:, :2].astype(np.float32)
-            return jnp.asarray(mean), jnp.full(mean.shape, state)
-
-    images = np.random.default_rng(0).integers(0, 256, size=(11, 4, 4, 1), dtype=np.uint8)
-
+def test_a_noise_scale_from_the_data_is_one_for_all_methods():
     class Split:
-        def __len__(self):
-            return len(self.images)
+        images = np.random.default_rng(0).integers(0, 256, (50, 28, 28, 1), np.uint8)
+        image_shape = (28, 28, 1)
 
-    split = Split()
-    split.images = images
-    found = _latents.posteriors(Model(), 0.5, split, count=10, batch_size=4, key=jax.random.key(0))
-    np.testing.assert_array_equal(found.mean, images.reshape(11, -1)[:10, :2])
-    assert found.std.shape == (10, 2)
-    draws = found._replace(mean=np.zeros((5000, 2)), std=np.full((5000, 2), 0.5)).draw(jax.random.key(0))
-    assert draws.std() == pytest.approx(0.5, rel=0.05)
+    given = typed("--preset", "digits", "--noise-scale-from-data", "0.8", "--methods", "fixed", "constant_sigma")
+    methods = compare.methods_of(given, Split, {})
+    scale = 0.8 * np.sqrt((Split.images / 255).var(axis=0).mean())
+    assert methods["fixed"].noise_scale == pytest.approx(scale, rel=1e-4)
+    assert methods["fixed"].final_noise_scale == pytest.approx(0.6 * scale, rel=1e-4)
+    assert methods["constant_sigma"].noise_scale == methods["fixed"].final_noise_scale
+    assert all(method.with_data(Split.images) is method for method in methods.values())
 
 
 def test_means_and_errors():
     values = np.random.default_rng(0).normal(size=7)
-    assert _scores.mean_and_error(values) == pytest.approx((values.mean(), scipy.stats.sem(values)))
-    assert _scores.mean_and_error([2.0]) == (2.0, None)
-    shown = compare.with_error
+    assert scores.mean_and_error(values) == pytest.approx((values.mean(), scipy.stats.sem(values)))
+    assert scores.mean_and_error([2.0]) == (2.0, None)
+    shown = _table.with_error
     assert shown(12.3456, 0.234) == "12.35 ± 0.23"
     assert shown(-0.00123, 0.0456, sign=True) == "-0.001 ± 0.046"
     assert shown(12345.6, 99.9) == "12,346 ± 100"
@@ -325,19 +309,19 @@ def test_means_and_errors():
 
 def stopped(capsys, arguments):
     with pytest.raises(SystemExit) as end:
-        _launch.run(lambda: compare.main([*arguments, "--quiet"]))
+        launch.run_program(lambda: compare.main([*arguments, "--quiet"]))
     assert end.value.code == 1
     return capsys.readouterr().err
 
 
-def test_bad_input_gets_a_sentence(run, finished, tmp_path, network, capsys):
+def test_bad_input_gets_a_sentence(run, finished, tmp_path, features, capsys):
     plain = ["--preset", "digits", "--workdir", str(tmp_path / "new"), "--max-examples", "40", "--batch-size", "4"]
     assert "--seeds must be at least 1, got 0" in stopped(capsys, [*plain, "--seeds", "0"])
     assert "--samples must be at least 16, got 5" in stopped(capsys, [*plain, "--samples", "5"])
     assert "--rank must be at most 784" in stopped(capsys, [*plain, "--rank", "785", "--methods", "low_rank"])
     assert "There is no file of features at" in stopped(capsys, [*plain, "--features", str(tmp_path / "none.npz")])
     assert "--on-log none:log cannot be used" in stopped(capsys, [*plain, "--on-log", "none:log"])
-    few = [*plain, "--max-examples", "12", "--features", str(network)]
+    few = [*plain, "--max-examples", "12", "--features", str(features)]
     assert "has 12 training and 12 test images: 16 of each" in stopped(capsys, few)
     assert not (tmp_path / "new").exists()
     with pytest.raises(RunDirectoryError, match="steps"):

@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import _launch, ica
-
-
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch):
-    """The compiler's flags and cache belong to a program, not to a test."""
-    monkeypatch.setattr(_launch, "configure_jax", lambda: None)
+from experiments import ica
+from spread_jax.errors import UsageError
 
 
 def run(workdir, capsys, *flags):
@@ -41,9 +36,7 @@ SMALL = (
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("ica") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "configure_jax", lambda: None)
-        assert ica.main(["--workdir", str(workdir), "--quiet", *map(str, SMALL)]) == 0
+    assert ica.main(["--workdir", str(workdir), "--quiet", *map(str, SMALL)]) == 0
     return workdir
 
 
@@ -120,5 +113,5 @@ def test_given_sounds_are_mixed(tmp_path, capsys):
     ],
 )
 def test_bad_flags_end_with_a_sentence(flags, message, tmp_path):
-    with pytest.raises(_launch.UsageError, match=message):
+    with pytest.raises(UsageError, match=message):
         ica.main(["--workdir", str(tmp_path / "run"), "--quiet", *flags])

@@ -1,22 +1,10 @@
-"""What a saved run may not bring with it; a report that a crash has cost is made again."""
+"""What experiments without images share: a report that a crash has cost is made again."""
 
 import dataclasses
 
 import pytest
 
-from experiments import _generator, _launch
-from spread_jax.data import Dataset
-
-
-def test_a_saved_run_names_no_hook(monkeypatch):
-    config = _generator.GeneratorConfig(on_log="tracking:log")
-    images = Dataset.__new__(Dataset)
-    monkeypatch.setattr(Dataset, "fingerprint", "f", raising=False)
-    monkeypatch.setattr(Dataset, "image_shape", (28, 28, 1), raising=False)
-    saved = _generator.saved_config(config, images)
-    assert "on_log" not in saved
-    for given in (saved, {**saved, "on_log": "os:abort"}):  # of a stranger
-        assert _generator.load_config(given)[0] == dataclasses.replace(config, on_log=None)
+from experiments import _launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +17,7 @@ class Config:
 
 @pytest.mark.parametrize("crash", ["before the report", "in the report"])
 def test_a_finished_run_without_a_report_makes_it_again(crash, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_launch.runtime, "configure", lambda: None)
     calls = []
     config = Config(str(tmp_path / "run"))
     compute = lambda run, say: calls.append(run.path) or {"error": 0.5}
@@ -38,7 +27,7 @@ def test_a_finished_run_without_a_report_makes_it_again(crash, tmp_path, monkeyp
             def full(path):
                 raise OSError(28, "No space left on device", str(path))
 
-            patch.setattr("spread_jax.evaluation.write_report", full)
+            patch.setattr(_launch, "write_report", full)
             with pytest.raises(OSError, match="No space left"):
                 _launch.run_once(config, compute)
     else:

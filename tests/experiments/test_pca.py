@@ -7,16 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import _launch, pca
+from experiments import pca
+from spread_jax.cli import launch
 
 SETTINGS = {"num_examples": 300, "dimensions": 6, "components": 2, "min_scale": 0.04, "scales": 4, "starts": 2}
 SETTINGS |= {"max_steps": 20_000}
-
-
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch):
-    """The compiler's flags and cache belong to a program, not to a test."""
-    monkeypatch.setattr(_launch, "configure_jax", lambda: None)
 
 
 def run(workdir, capsys, **settings):
@@ -70,7 +65,7 @@ BAD = [
 @pytest.mark.parametrize(("flag", "value", "sentence"), BAD)
 def test_bad_input_gets_a_sentence(flag, value, sentence, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        _launch.run(lambda: pca.main([f"--{flag}", str(value), "--workdir", str(tmp_path / "run")]))
+        launch.run_program(lambda: pca.main([f"--{flag}", str(value), "--workdir", str(tmp_path / "run")]))
     assert stopped.value.code == 1
     assert f"error: {sentence}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

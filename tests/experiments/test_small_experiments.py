@@ -9,14 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import _launch, bias, deltas, manifold
+from experiments import bias, deltas, manifold
+from spread_jax.cli import launch
 from spread_jax.training import RunDirectoryError
-
-
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch):
-    """The compiler's flags and cache belong to a program, not to a test."""
-    monkeypatch.setattr(_launch, "configure_jax", lambda: None)
 
 
 def run(module, workdir, capsys, **settings):
@@ -136,7 +131,7 @@ BAD = [
 @pytest.mark.parametrize(("module", "flag", "value", "sentence"), BAD)
 def test_bad_input_gets_a_sentence(module, flag, value, sentence, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        _launch.run(lambda: module.main([f"--{flag}", str(value), "--workdir", str(tmp_path / "run")]))
+        launch.run_program(lambda: module.main([f"--{flag}", str(value), "--workdir", str(tmp_path / "run")]))
     assert stopped.value.code == 1
     out, err = capsys.readouterr()
     assert f"error: {sentence}" in err
@@ -157,6 +152,6 @@ def test_ctrl_c_gets_a_sentence(capsys):
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as end:
-        _launch.run(stopped)
+        launch.run_program(stopped)
     assert end.value.code == 130
     assert "Repeat the command" in capsys.readouterr().err

@@ -32,6 +32,7 @@ from spread_jax.training import (
     CheckpointError,
     LossOutput,
     NonFiniteLossError,
+    Player,
     RunDirectory,
     RunDirectoryError,
     StopRequest,
@@ -144,19 +145,20 @@ def run(options: dict) -> int:
     width, nan_at = options.get("width", 3), options.get("nan_at", -1)
     optimizer = optax.sgd(1e-4, momentum=0.9)
 
-    def loss(params, model_state, batch, *, key, step):
+    def loss(params, variables, batch, *, key, step):
         x = batch.reshape(len(batch), -1).astype(jnp.float32) / 255
         y = x + 0.1 * jax.random.normal(key, x.shape)
         value = jnp.square(y @ params["encode"] @ params["decode"] - x).sum(axis=1).mean()
-        return jnp.where(step + 1 == nan_at, jnp.nan, value), LossOutput(model_state, {"error": value})
+        return jnp.where(step + 1 == nan_at, jnp.nan, value), LossOutput({}, {"error": value})
+
+    players = [Player("model", ("encode", "decode"), loss, optimizer)]
 
     @jax.jit
     def initial_state():
         shape = (int(np.prod(dataset.image_shape)), width)
         params = {"encode": jnp.full(shape, 0.01), "decode": 0.01 * jnp.ones(shape[::-1])}
-        return create_train_state(
-            params, {"seen": jnp.zeros(())}, optimizer, key=jax.random.key(options.get("seed", 0))
-        )
+        seed = options.get("seed", 0)
+        return create_train_state(params, {"seen": jnp.zeros(())}, players, key=jax.random.key(seed))
 
     config = {"seed": options.get("seed", 0), "width": width, "data": dataset.fingerprint}
     with (
@@ -178,7 +180,7 @@ def run(options: dict) -> int:
 
         state = train(
             state,
-            make_train_step(loss, optimizer),
+            make_train_step(players),
             slowly(loader.iterate(start)),
             start_step=start,
             num_steps=STEPS,

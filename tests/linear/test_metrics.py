@@ -73,7 +73,9 @@ def test_amari_distance(dtype):
     assert amari_distance(-3 * eye[::-1] * jnp.arange(1.0, 5, dtype=dtype), eye) == 0
     assert amari_distance(jnp.ones((3, 3), dtype), jnp.eye(3, dtype=dtype)) == 1  # the worst
     assert amari_distance(jnp.ones((1, 2), dtype), jnp.ones((2, 1), dtype)) == 0
-    slope = jax.grad(lambda w: amari_distance(w, jnp.asarray(mixing[0], dtype)))(jnp.asarray(unmixing[0], dtype))
+    slope = jax.jit(jax.grad(lambda w: amari_distance(w, jnp.asarray(mixing[0], dtype))))(
+        jnp.asarray(unmixing[0], dtype)
+    )
     assert np.isfinite(slope).all()
     # It ignores length: no slope along W.
     assert abs((slope * unmixing[0]).sum()) < 1e-5

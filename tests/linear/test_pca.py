@@ -166,7 +166,7 @@ def test_em_contracts_as_the_theory_says(x64):
         step = lambda f, spread=spread: pca.em_step(
             f.reshape(width, 2), jnp.diag(variances), SIGMA, spread=spread
         ).ravel()
-        found = np.linalg.eigvals(jax.jacobian(step)(optimum.ravel()))
+        found = np.linalg.eigvals(jax.jit(jax.jacfwd(step))(optimum.ravel()))
         outside = [t[j] / t[i] for i in range(2) for j in (2, 3)]
         inside = [1 - SIGMA**2 * (lengths[i] + lengths[k]) / (t[i] * t[k]) for i, k in ((0, 0), (0, 1), (1, 1))]
         np.testing.assert_allclose(np.sort(found.real), np.sort([*outside, *inside, 1.0]), rtol=1e-9)
@@ -184,7 +184,7 @@ def test_spread_kl_is_that_of_gaussians_and_zero_at_the_optimum(x64):
     np.testing.assert_allclose(expected, -pca.spread_log_likelihood(jnp.asarray(f), covariance, 0.2) - entropy)
     best = pca.closed_form(jnp.asarray(covariance), 2, 0.2)[0]
     assert abs(pca.spread_kl(best, covariance, 0.2)) < 1e-12
-    slope = jax.grad(pca.spread_kl)(best, jnp.asarray(covariance), 0.2)
+    slope = jax.jit(jax.grad(pca.spread_kl))(best, jnp.asarray(covariance), 0.2)
     np.testing.assert_allclose(slope, 0, atol=1e-10)
 
 
@@ -208,15 +208,15 @@ def test_jit_vmap_and_grad_agree_with_eager():
         for got, want in zip(jax.tree.leaves(batched), jax.tree.leaves(fit(x[i], noise_scale=sigma)), strict=True):
             np.testing.assert_allclose(got[i], want, rtol=1e-3, atol=1e-5)
     # d log-likelihood / d sigma at fixed loadings is the total derivative at the optimum (envelope theorem).
-    total = jax.grad(lambda s: fit(x[0], noise_scale=s).log_likelihood)(0.5)
+    total = jax.jit(jax.grad(lambda s: fit(x[0], noise_scale=s).log_likelihood))(0.5)
     result = fit(x[0], noise_scale=0.5)
     covariance = pca.second_moments(x[0]).covariance
-    partial = jax.grad(pca.spread_log_likelihood, argnums=2)(result.loadings, covariance, 0.5)
+    partial = jax.jit(jax.grad(pca.spread_log_likelihood, argnums=2))(result.loadings, covariance, 0.5)
     np.testing.assert_allclose(total, partial, rtol=1e-3)
     ends = [pca.spread_log_likelihood(result.loadings, covariance, s) for s in (0.49, 0.51)]
     np.testing.assert_allclose(partial, (ends[1] - ends[0]) / 0.02, rtol=1e-2)
     # d explained variance / dx = 2 z_n u / N^(1/2) in total: scaling x by c scales the variance by c^2.
-    scaled = jax.grad(lambda c: fit(c * x[0], noise_scale=0.5).explained_variance[0])(1.0)
+    scaled = jax.jit(jax.grad(lambda c: fit(c * x[0], noise_scale=0.5).explained_variance[0]))(1.0)
     np.testing.assert_allclose(scaled, 2 * result.explained_variance[0], rtol=1e-3)
 
 

@@ -13,13 +13,17 @@ from jax.test_util import check_grads
 from spread_jax.nn import (
     Conv,
     ConvTranspose,
-    Encoder28,
-    Encoder64,
-    Generator28,
-    Generator64,
+    Denoiser,
+    DenseEncoder,
+    DenseGenerator,
+    Encoder,
+    Generator,
+    ScaleCritic,
     conv,
     conv_transpose,
     convolutions,
+    image_encoder,
+    image_generator,
 )
 
 RNG = np.random.default_rng(0)
@@ -58,6 +62,18 @@ LAYERS = [
 ]
 
 
+# One of each form in float32 as well: phases; blocks of the output; of both images, in the value and in the kernel's
+# gradient; all phases as channels; products.
+IN_FLOAT32 = [
+    (conv, 8, 4, 6, 5, 2),
+    (conv, 12, 3, 6, 5, 2),
+    (conv, 4, 3, 64, 3, 2),
+    (conv_transpose, 5, 3, 17, 5, 2),
+    (conv_transpose, 10, 6, 3, 5, 1),
+    (conv_transpose, 2, 33, 5, 5, 2),
+]
+
+
 def both_forms(operation, size, in_channels, out_channels, taps, stride, dtype, batch=2):
     x = jnp.asarray(RNG.normal(size=(batch, size, size, in_channels)), dtype)
     kernel = jnp.asarray(RNG.normal(size=(taps, taps, in_channels, out_channels)), dtype)
@@ -72,21 +88,39 @@ def value_and_gradients(function, x, kernel, cotangent):
     return value, pull(cotangent)
 
 
+@functools.cache
+def expected_of(layer, dtype):
+    """Image, kernel, cotangent of a layer, and its value and gradients by lax."""
+    x, kernel, _, native = both_forms(*layer, dtype, batch=1 if layer[1] > 64 else 2)
+    cotangent = jnp.asarray(RNG.normal(size=jax.eval_shape(native, x, kernel).shape), dtype)
+    arrays = x, kernel, cotangent
+    return arrays, value_and_gradients(native, *arrays)
+
+
+def assert_laxs(layer, dtype):
+    """The value and both gradients are lax's, to rounding."""
+    arrays, expected = expected_of(layer, dtype)
+    ours = lambda x, kernel: layer[0](x, kernel, layer[-1])
+    limit = {"float32": 1e-5, "float64": 1e-13}[dtype]
+    for a, e in zip(*map(jax.tree.leaves, (value_and_gradients(ours, *arrays), expected)), strict=True):
+        assert a.shape == e.shape
+        assert a.dtype == e.dtype == dtype
+        assert np.abs(a - e).max() <= limit * np.abs(e).max(), layer
+
+
 def layer_name(layer):
     return "-".join(map(str, (layer[0].__name__, *layer[1:])))
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=layer_name)
-def test_value_and_gradients_are_laxs(layer, dtype):
-    x, kernel, ours, native = both_forms(*layer, dtype)
-    shape = jax.eval_shape(native, x, kernel)
-    cotangent = jnp.asarray(RNG.normal(size=shape.shape), dtype)
-    actual, expected = (value_and_gradients(function, x, kernel, cotangent) for function in (ours, native))
-    limit = {"float32": 1e-5, "float64": 1e-13}[dtype]
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.shape == e.shape
-        assert a.dtype == dtype
-        assert np.abs(a - e).max() <= limit * np.abs(e).max()
+def test_value_and_gradients_are_laxs(layer, x64):
+    assert_laxs(layer, "float64")
+
+
+@pytest.mark.parametrize("layer", IN_FLOAT32, ids=layer_name)
+def test_value_and_gradients_in_single_precision(layer):
+    assert layer in LAYERS
+    assert_laxs(layer, "float32")
 
 
 # A TPU has one form of its own, of `up` with at least as many pixels as taps: an odd size, a stride larger than the
@@ -107,12 +141,7 @@ def test_forms_of_other_platforms(platform, layer, monkeypatch, x64):
         return branches.get(platform, default)(*arrays)
 
     monkeypatch.setattr(convolutions.lax, "platform_dependent", branch)
-    x, kernel, ours, native = both_forms(*layer, "float64")
-    cotangent = jnp.asarray(RNG.normal(size=jax.eval_shape(native, x, kernel).shape))
-    actual, expected = (value_and_gradients(function, x, kernel, cotangent) for function in (ours, native))
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        assert a.shape == e.shape
-        assert np.abs(a - e).max() <= 1e-13 * np.abs(e).max()
+    assert_laxs(layer, "float64")
 
 
 def lowered_for(platform, layer):
@@ -150,8 +179,8 @@ def test_a_tpu_dilates_and_pads_by_itself():
 WIDTHS = [int(width) for width in os.environ.get("SPREAD_JAX_WIDTHS", "2").split(",")]
 
 
-def published_layers(width, monkeypatch):
-    """(operation, size, in channels, out channels, kernel size, stride) of every convolution of the networks."""
+def layers_of(networks, monkeypatch):
+    """(operation, size, in channels, out channels, kernel size, stride) of every convolution of networks."""
     seen = []
 
     def note(operation):
@@ -163,41 +192,68 @@ def published_layers(width, monkeypatch):
 
     monkeypatch.setattr(convolutions, "conv", note(conv))
     monkeypatch.setattr(convolutions, "conv_transpose", note(conv_transpose))
-    networks = [
-        (Encoder64(4, width=width), (1, 64, 64, 3)),
-        (Generator64(width=width), (1, 4)),
-        (Generator64(width=width, start=8), (1, 4)),
-        (Encoder28(4, width=width), (1, 28, 28, 1)),
-        (Generator28(width=width), (1, 4)),
-    ]
-    for network, shape in networks:
-        jax.eval_shape(lambda x, n=network: n.init(jax.random.key(0), x, train=False), jnp.zeros(shape))
+    for network, shape, arguments in networks:
+        jax.eval_shape(lambda x, n=network, a=arguments: n.init(jax.random.key(0), x, **a), jnp.zeros(shape))
     return list(dict.fromkeys(seen))
+
+
+def published(width):
+    mode = {"train": False}
+    return [
+        (Encoder(4, width=width), (1, 64, 64, 3), mode),
+        (Generator(width=width), (1, 4), mode),
+        (Generator(width=width, start=8), (1, 4), mode),
+        (DenseEncoder(4, width=width), (1, 28, 28, 1), mode),
+        (DenseGenerator(width=width), (1, 4), mode),
+    ]
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_every_layer_of_the_published_networks(width, monkeypatch):
-    layers = published_layers(width, monkeypatch)
+    layers = layers_of(published(width), monkeypatch)
     assert {(layer[0].__name__, layer[1]) for layer in layers} == {
         *(("conv", size) for size in (64, 32, 16, 8, 28, 14)),
         *(("conv_transpose", size) for size in (4, 8, 16, 32, 64, 7, 14)),
     }
 
     for layer in layers:
-        x, kernel, ours, native = both_forms(*layer, "float32")
-        cotangent = jnp.asarray(RNG.normal(size=jax.eval_shape(native, x, kernel).shape), jnp.float32)
-        expected = value_and_gradients(native, x, kernel, cotangent)
-        actual = value_and_gradients(ours, x, kernel, cotangent)
-        for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-            assert np.abs(a - e).max() <= 1e-5 * np.abs(e).max(), layer
+        assert_laxs(layer, "float32")
         if WIDTHS == [2] and layer[1] != 8:
             continue
-        half = [array.astype(jnp.bfloat16) for array in (x, kernel, cotangent)]
+        half = [array.astype(jnp.bfloat16) for array in expected_of(layer, "float32")[0]]
+        ours, native = (lambda x, kernel, n=n: layer[0](x, kernel, layer[-1], native=n) for n in (False, True))  # noqa: B023
         expected = value_and_gradients(native, *(array.astype(jnp.float32) for array in half))
         actual = value_and_gradients(ours, *half)
         for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
             assert a.dtype == jnp.bfloat16
             assert np.abs(a.astype(jnp.float32) - e).max() <= 2**-8 * np.abs(e).max(), layer
+
+
+def test_every_layer_of_the_other_sizes(monkeypatch, x64):
+    """Those that differ from the published ones in more than their channels."""
+    mode, others = {"train": False}, []
+    for side in (16, 32, 56, 256, 128):
+        shape = (side, side, 3)
+        if side > 32:
+            others.append((image_encoder(shape, latent_dim=4, width=2), (1, *shape), mode))
+        others.append((image_generator(shape, width=2), (1, 4), mode))
+    for side in (28, 64):
+        others.append((Denoiser(width=2), (1, side, side, 1), {"sigma": 0.5}))
+        others.append((ScaleCritic(width=2), (1, side, side, 1), {"sigma": 0.5}))
+    known = {(layer[0], layer[1], *layer[4:]) for layer in layers_of(published(2), monkeypatch)}
+    new = {(layer[0], layer[1], *layer[4:]): layer for layer in layers_of(others, monkeypatch)}
+    sizes = {(kind[0].__name__, *kind[1:]) for kind in set(new) - known}
+    assert sizes == {
+        *(("conv", size, 5, 2) for size in (256, 128, 14, 7)),
+        *(("conv_transpose", size, 5, 2) for size in (64, 128, 7)),
+        *(("conv_transpose", size, 5, 1) for size in (16, 32, 128, 256)),
+        *(("conv", size, 3, 1) for size in (32, 14, 7, 4)),
+        ("conv", 28, 5, 2),
+        ("conv", 56, 4, 2),
+        ("conv_transpose", 28, 4, 2),
+    }
+    for kind in set(new) - known:
+        assert_laxs(new[kind], "float64")
 
 
 def test_gradients_are_numerical_ones_to_second_order(x64):

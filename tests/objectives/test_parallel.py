@@ -21,10 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from spread_jax import (
     GaussianKernel,
     LaplaceNoise,
+    LogUniformScales,
+    density_ratio_losses,
     elbo,
     example_keys,
     jensen_shannon,
     mmd_squared,
+    score_difference_loss,
     spread_divergence,
     spread_elbo,
     spread_gan_losses,
@@ -37,7 +40,7 @@ KERNEL = GaussianKernel(1.0)
 REPLICATED, SPLIT = PartitionSpec(), PartitionSpec("data")
 
 
-NAMES = ("elbo", "spread_elbo", "importance", "wae", "gan", "spread_divergence", "mmd_squared")
+NAMES = ("elbo", "spread_elbo", "importance", "wae", "gan", "ratio", "score", "spread_divergence", "mmd_squared")
 OF_SETS = ("wae", "spread_divergence", "mmd_squared")
 
 
@@ -65,6 +68,17 @@ def objectives(params, x, key, set_key):
         losses = spread_gan_losses(x, generated(p), critic, noise(p), key=key, divergence=jensen_shannon)
         return losses.critic + 0.5 * losses.generator
 
+    def ratio(p):
+        critic = lambda y, sigma: jnp.tanh(y) @ p["critic"] / sigma
+        law = LogUniformScales(0.1, jnp.exp(p["log_scale"]))
+        losses = density_ratio_losses(x, generated(p), critic, law, LaplaceNoise, key=key)
+        return losses.critic + 0.5 * losses.generator
+
+    def score(p):
+        law = LogUniformScales(0.1, jnp.exp(p["log_scale"]))
+        denoisers = [lambda y, sigma, w=w: w * y / (1 + sigma[:, None]) for w in (0.5, 1.0)]
+        return score_difference_loss(generated(p), *denoisers, law, key=key).loss.mean()
+
     def wae(p):
         encoder, decoder = networks(p)
         return wae_mmd_loss(x, lambda x: encoder(x)[0], decoder, key=key, weight=2.0, kernel=KERNEL).loss
@@ -76,6 +90,8 @@ def objectives(params, x, key, set_key):
         "importance": lambda p: -bound(p, spread_importance_bound, num_samples=3).bound.mean(),
         "wae": wae,
         "gan": gan,
+        "ratio": ratio,
+        "score": score,
         "spread_divergence": lambda p: (
             spread_divergence(x, generated(p), noise(p), num_samples=2 * len(x), key=set_key).value
         ),

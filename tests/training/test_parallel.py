@@ -15,16 +15,14 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from spread_jax import GaussianNoise, example_keys, spread_elbo
-from spread_jax.nn import Conv, Encoder28
+from spread_jax.nn import Conv, DenseEncoder
 from spread_jax.training import (
-    AscentSchedule,
     Checkpointer,
     LossOutput,
+    Player,
     abstract_state,
-    create_alternating_state,
     create_train_state,
     local_copy,
-    make_alternating_step,
     make_mesh,
     make_train_step,
     place_batch,
@@ -53,14 +51,16 @@ def make_loss(axis_name=None):
     """Minus the mean spread ELBO; inside of shard_map and pmap the mean over devices too."""
     encoder = Encoder(axis_name)
 
-    def loss(params, stats, batch, *, key, step):
+    def loss(params, variables, batch, *, key, step):
         def encode(y):
-            return encoder.apply({"params": params["encoder"], **stats}, y, train=True, mutable=["batch_stats"])
+            own = {"params": params["encoder"], **variables["encoder"]}
+            return encoder.apply(own, y, train=True, mutable=["batch_stats"])
 
         decode = lambda z: (jnp.tanh(z @ params["decoder"]), None)
         terms, (stats, _) = spread_elbo(batch, encode, decode, GaussianNoise(0.5), key=key, has_aux=True)
         value = -terms.elbo.mean()
-        return (value if axis_name is None else jax.lax.pmean(value, axis_name)), LossOutput(stats, {"step": step})
+        value = value if axis_name is None else jax.lax.pmean(value, axis_name)
+        return value, LossOutput({"encoder": stats}, {"step": step})
 
     return loss
 
@@ -69,7 +69,12 @@ def make_loss(axis_name=None):
 def start():
     variables = Encoder().init(jax.random.key(1), jnp.zeros((1, 16)), train=False)
     params = {"encoder": variables["params"], "decoder": 0.3 * jax.random.normal(jax.random.key(2), (2, 16))}
-    return create_train_state(params, {"batch_stats": variables["batch_stats"]}, SGD, key=jax.random.key(3))
+    stats = {"encoder": {"batch_stats": variables["batch_stats"]}}
+    return create_train_state(params, stats, players(), key=jax.random.key(3))
+
+
+def players():
+    return [Player("model", ("encoder", "decoder"), make_loss(), SGD)]
 
 
 def batches(num):
@@ -103,7 +108,7 @@ def test_eight_devices_equal_one(tmp_path):
         batch = jax.block_until_ready(place_batch(batch, mesh))
         before = len(compiled)
         state, metrics = steps[mesh](state, batch)
-        return state, float(metrics["loss"]), len(compiled) - before
+        return state, float(metrics["model_loss"]), len(compiled) - before
 
     three = batches(3)
     unbroken = {}
@@ -112,7 +117,7 @@ def test_eight_devices_equal_one(tmp_path):
         "eight": eight,
         "four pairs": make_mesh(model_parallel=2),
     }
-    steps = {mesh: make_train_step(make_loss(), SGD, mesh=mesh) for mesh in meshes.values()}
+    steps = {mesh: make_train_step(players(), mesh=mesh) for mesh in meshes.values()}
     assert meshes["four pairs"].devices.shape == (4, 2)
     with Checkpointer(tmp_path) as saver:
         for name, mesh in meshes.items():
@@ -130,7 +135,7 @@ def test_eight_devices_equal_one(tmp_path):
     for name in ("eight", "four pairs"):
         np.testing.assert_allclose(unbroken[name][0], unbroken["one"][0], rtol=1e-5)
         assert_close(unbroken[name][1].params, unbroken["one"][1].params)
-        assert_close(unbroken[name][1].model_state, unbroken["one"][1].model_state)
+        assert_close(unbroken[name][1].variables, unbroken["one"][1].variables)
     kernel = state.params["encoder"]["Conv_0"]["kernel"]  # of the four pairs
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 3, 1, 4)}
     assert {leaf.devices().pop() for leaf in jax.tree.leaves(unbroken["four pairs"][1].params)} == {jax.devices()[0]}
@@ -147,24 +152,24 @@ def test_eight_devices_equal_one(tmp_path):
     # The same step with one key for each example: on one device by make_train_step, then in other hands.
     state, batch = start(), jnp.asarray(three[0])
     keys = example_keys(jax.random.fold_in(state.key, 0), jnp.arange(BATCH))
-    params, stats = state.params, state.model_state
+    params, stats = state.params, state.variables
     before = jax.tree.map(np.asarray, params)
-    state, metrics = make_train_step(make_loss(), SGD, keys_per_example=True)(state, batch)
+    state, metrics = make_train_step(players(), keys_per_example=True)(state, batch)
     want = jax.tree.map(lambda old, new: (old - np.asarray(new)) / RATE, before, state.params)
-    want = float(metrics["loss"]), want, state.model_state
-    params, stats = before, jax.tree.map(np.asarray, start().model_state)
+    want = float(metrics["model_loss"]), want, state.variables
+    params, stats = before, jax.tree.map(np.asarray, start().variables)
 
     gradient_of = lambda loss: jax.value_and_grad(loss, has_aux=True)
 
     def under_shard_map(params, stats, batch, keys):
         """The mean over devices is inside of the loss: gradients come back summed, that is, right."""
         (value, output), gradient = gradient_of(make_loss("data"))(params, stats, batch, key=keys, step=0)
-        return value, gradient, output.model_state
+        return value, gradient, output.variables
 
     def under_pmap(params, stats, batch, keys):
         """Each device has parameters of its own: the mean over devices is that of the gradients."""
         (value, output), gradient = gradient_of(make_loss("data"))(params, stats, batch, key=keys, step=0)
-        return value, jax.lax.pmean(gradient, "data"), output.model_state
+        return value, jax.lax.pmean(gradient, "data"), output.variables
 
     inside_mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     inside = jax.shard_map(
@@ -185,7 +190,7 @@ def test_eight_devices_equal_one(tmp_path):
     assert float(jax.jit(inside)(jnp.ones(()), jnp.ones(DEVICES))) == DEVICES
 
     # Micro-batches are cut so that no row changes its device.
-    dense = make_train_step(dense_loss, SGD, accumulate=2, keys_per_example=True)
+    dense = make_train_step(DENSE, accumulate=2, keys_per_example=True)
     state = place_state(dense_start(), eight)
     text = dense.lower(state, place_batch(three[0], eight)).compile().as_text()
     assert "all-reduce" in text
@@ -226,7 +231,7 @@ def test_a_mesh_of_what_is_not_there_is_refused():
 def test_modules_take_batch_statistics_over_a_named_axis():
     """Two halves of a batch, mapped with a name, see what the whole batch sees."""
     y = np.random.default_rng(0).normal(size=(4, 28, 28, 1)).astype(np.float32)
-    whole, halves = Encoder28(2, width=1), Encoder28(2, width=1, axis_name="data")
+    whole, halves = DenseEncoder(2, width=1), DenseEncoder(2, width=1, axis_name="data")
     variables = jax.jit(functools.partial(whole.init, train=False))(jax.random.key(0), y)
     apply = lambda module, y: module.apply(variables, y, train=True, mutable=["batch_stats"])
     (mean, _), stats = jax.jit(functools.partial(apply, whole))(y)
@@ -239,60 +244,66 @@ def test_modules_take_batch_statistics_over_a_named_axis():
 # --- micro-batches
 
 
-def dense_loss(params, state, batch, *, key, step):
-    """A spread ELBO without batch statistics; counts its calls in the model state."""
+def dense_loss(params, variables, batch, *, key, step):
+    """A spread ELBO without batch statistics; counts its calls in the variables."""
     encode = lambda y: (y @ params["encode"], jnp.zeros((len(y), 2)))
     terms = spread_elbo(batch, encode, lambda z: jnp.tanh(z @ params["decode"]), GaussianNoise(0.5), key=key)
-    return -terms.elbo.mean(), LossOutput(state + 1, {"kl": terms.kl.mean(), "noise_scale": 0.5})
+    metrics = {"kl": terms.kl.mean(), "noise_scale": 0.5}
+    return -terms.elbo.mean(), LossOutput({"calls": variables["calls"] + 1}, metrics)
 
 
 @jax.jit
 def dense_start():
     first, second = (0.3 * jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(16, 2), (2, 16)]))
-    return create_train_state({"encode": first, "decode": second}, jnp.zeros(()), SGD, key=jax.random.key(5))
+    params, variables = {"encode": first, "decode": second}, {"calls": jnp.zeros(())}
+    return create_train_state(params, variables, DENSE, key=jax.random.key(5))
+
+
+DENSE = [Player("model", ("encode", "decode"), dense_loss, SGD)]
 
 
 def test_micro_batches_equal_the_whole_batch():
     """In value, gradient, metrics and average, with a key for each example; with one key the draws are others."""
     batch, found = jnp.asarray(batches(1)[0]), {}
     for accumulate in (1, 4):
-        step = make_train_step(dense_loss, SGD, accumulate=accumulate, keys_per_example=True)
+        step = make_train_step(DENSE, accumulate=accumulate, keys_per_example=True)
         state, metrics = step(dense_start(), batch)
         state, metrics = step(state, batch)
-        assert (int(state.step), int(state.model_state)) == (2, 2 * accumulate)
+        assert (int(state.step), int(state.variables["calls"])) == (2, 2 * accumulate)
         assert step._cache_size() == 1
         found[accumulate] = state.params, state.ema, metrics
     assert_close(found[4], found[1], 1e-6)
-    other = make_train_step(dense_loss, SGD, accumulate=4)(dense_start(), batch)[1]
-    assert 1e-4 < abs(float(other["loss"] / found[1][2]["loss"]) - 1) < 0.5
+    other = make_train_step(DENSE, accumulate=4)(dense_start(), batch)[1]
+    assert 1e-4 < abs(float(other["model_loss"] / found[1][2]["model_loss"]) - 1) < 0.5
 
 
 def test_micro_batches_of_both_players():
-    """Against a loss whose gradient is known: the mean over the batch of (p - q x), q ascending on it."""
-    batch, schedule = jnp.arange(8.0), AscentSchedule(descent_steps=1, ascent_steps=1)
+    """Against losses whose gradients are known: the mean over the batch of (p - q x)^2, q ascending on that of q x."""
+    batch = jnp.arange(8.0)
 
-    def loss(params, noise_params, model_state, noise_state, batch, *, key, step):
-        return jnp.square(params - noise_params * batch).mean(), LossOutput(model_state, {})
+    def loss(params, variables, batch, *, key, step):
+        return jnp.square(params["p"] - params["q"] * batch).mean(), LossOutput({}, {})
 
-    def divergence(params, noise_params, model_state, noise_state, batch, *, key, step):
-        return (noise_params * batch).mean(), LossOutput(noise_state + 1, {})
+    def ascent(params, variables, batch, *, key, step):
+        return -(params["q"] * batch).mean(), LossOutput({"calls": variables["calls"] + 1}, {})
 
-    one, zero = jnp.ones(()), jnp.zeros(())
-    state = create_alternating_state(2 * one, None, SGD, one, zero, SGD, key=jax.random.key(0))
-    step = make_alternating_step(loss, divergence, SGD, SGD, schedule, accumulate=4)
+    both = [Player("model", ("p",), loss, SGD), Player("noise", ("q",), ascent, SGD, look_again=True)]
+    params = {"p": 2 * jnp.ones(()), "q": jnp.ones(())}
+    state = create_train_state(params, {"calls": jnp.zeros(())}, both, key=jax.random.key(0))
+    step = make_train_step(both, accumulate=4)
     state, metrics = step(state, batch)
-    np.testing.assert_allclose(metrics["objective"], np.square(2 - np.arange(8.0)).mean(), rtol=1e-6)
-    np.testing.assert_allclose(state.params, 2 - RATE * 2 * (2 - 3.5), rtol=1e-6)
+    np.testing.assert_allclose(metrics["model_loss"], np.square(2 - np.arange(8.0)).mean(), rtol=1e-6)
+    np.testing.assert_allclose(state.params["p"], 2 - RATE * 2 * (2 - 3.5), rtol=1e-6)
     state, metrics = step(state, batch)
-    np.testing.assert_allclose(state.noise_params, 1 + RATE * 3.5, rtol=1e-6)
-    np.testing.assert_allclose(metrics["divergence_rise"], RATE * 3.5**2, rtol=1e-5)
-    assert int(state.noise_state) == 4
+    np.testing.assert_allclose(state.params["q"], 1 + RATE * 3.5, rtol=1e-6)
+    np.testing.assert_allclose(metrics["noise_gain"], RATE * 3.5**2, rtol=1e-5)
+    assert int(state.variables["calls"]) == 4
 
 
 def test_micro_batches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="accumulate must divide the batch size, got 3 and 16 examples"):
-        make_train_step(dense_loss, SGD, accumulate=3)(dense_start(), jnp.ones((BATCH, 16)))
+        make_train_step(DENSE, accumulate=3)(dense_start(), jnp.ones((BATCH, 16)))
     with pytest.raises(ValueError, match="accumulate must be at least 1, got 0"):
-        make_train_step(dense_loss, SGD, accumulate=0)
+        make_train_step(DENSE, accumulate=0)
     with pytest.raises(TypeError, match="accumulate must be a Python integer"):
-        make_alternating_step(dense_loss, dense_loss, SGD, SGD, AscentSchedule(1, 1), accumulate=2.0)
+        make_train_step(DENSE, accumulate=2.0)

@@ -29,6 +29,10 @@ from spread_jax.divergences.mmd import (
     spread_l1,
     spread_l2_squared,
 )
+from spread_jax.divergences.scales import (
+    divergence_over_scales,
+    spread_divergence_over_scales,
+)
 
 __all__ = [
     "Estimate",
@@ -38,6 +42,7 @@ __all__ = [
     "LaplaceKernel",
     "MixtureKernel",
     "chi_squared",
+    "divergence_over_scales",
     "f_divergence",
     "jensen_shannon",
     "kl",
@@ -46,6 +51,7 @@ __all__ = [
     "reverse_kl",
     "spread_chi_squared_deltas",
     "spread_divergence",
+    "spread_divergence_over_scales",
     "spread_hellinger_deltas",
     "spread_hellinger_gaussians",
     "spread_kl",

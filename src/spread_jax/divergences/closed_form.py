@@ -2,24 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_same_shape
-from spread_jax._pairwise import flatten_events
-from spread_jax.noise import (
-    CauchyNoise,
-    DiscreteNoise,
-    GaussianNoise,
-    LaplaceNoise,
-    LogisticNoise,
-    LowRankGaussianNoise,
-    SpreadNoise,
-    TransformedNoise,
-)
-from spread_jax.noise._product import fit_event
+from spread_jax._checks import at_least_float32, check_batch, check_same_shape
+from spread_jax.noise import GaussianNoise, LowRankGaussianNoise, SpreadNoise
 
 __all__ = [
     "spread_chi_squared_deltas",
@@ -58,12 +45,7 @@ def spread_kl_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoise) -> ja
       >>> print(spread_kl_deltas(jnp.zeros((1, 1)), jnp.full((1, 1), 2.0), GaussianNoise(1.0)))
       [2.]
     """
-    if not hasattr(noise, "kl"):
-        raise _no_closed_form("KL", noise)
-    if not isinstance(noise, DiscreteNoise):
-        mu_p, mu_q = check_batch("mu_p", mu_p), check_batch("mu_q", mu_q)
-        check_same_shape("mu_p", mu_p, "mu_q", mu_q)
-    return noise.kl(mu_p, mu_q)
+    return _of_deltas("kl", "KL", mu_p, mu_q, noise)
 
 
 def spread_hellinger_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoise) -> jax.Array:
@@ -84,22 +66,7 @@ def spread_hellinger_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoise
     Raises:
       TypeError: if this noise has no closed form.
     """
-    mu_p, mu_q, noise = _deltas(mu_p, mu_q, noise)
-    if isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
-        log_affinity = -0.25 * noise.kl(mu_p, mu_q)
-    elif isinstance(noise, LaplaceNoise):
-        half = 0.5 * _standard_distance(mu_p, mu_q, noise)
-        log_affinity = (jnp.log1p(half) - half).sum(axis=1)
-    elif isinstance(noise, LogisticNoise):
-        # x / sinh(x) is the characteristic function of logistic noise of scale 1 / pi.
-        half = 0.5 * _standard_distance(mu_p, mu_q, noise)
-        near = half < 1e-3
-        far = jnp.where(near, 1, half)
-        log_ratio = jnp.log(2 * far) - far - jnp.log(-jnp.expm1(-2 * far))
-        log_affinity = jnp.where(near, -jnp.square(half) / 6, log_ratio).sum(axis=1)
-    else:
-        raise _no_closed_form("Hellinger distance", noise)
-    return -jnp.expm1(log_affinity)
+    return _of_deltas("squared_hellinger", "Hellinger distance", mu_p, mu_q, noise)
 
 
 def spread_chi_squared_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoise) -> jax.Array:
@@ -120,18 +87,7 @@ def spread_chi_squared_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoi
     Raises:
       TypeError: if this noise has no closed form.
     """
-    mu_p, mu_q, noise = _deltas(mu_p, mu_q, noise)
-    if isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
-        log_integral = 2 * noise.kl(mu_p, mu_q)
-    elif isinstance(noise, LaplaceNoise):
-        t = _standard_distance(mu_p, mu_q, noise)
-        # (2 e^t + e^-2t) / 3 = e^t (1 - (1 - e^-3t) / 3)
-        log_integral = (t + jnp.log1p(jnp.expm1(-3 * t) / 3)).sum(axis=1)
-    elif isinstance(noise, CauchyNoise):
-        log_integral = jnp.log1p(0.5 * jnp.square(_standard_distance(mu_p, mu_q, noise))).sum(axis=1)
-    else:
-        raise _no_closed_form("chi-squared divergence", noise)
-    return jnp.expm1(log_integral)
+    return _of_deltas("chi_squared", "chi-squared divergence", mu_p, mu_q, noise)
 
 
 def spread_total_variation_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: SpreadNoise) -> jax.Array:
@@ -153,24 +109,7 @@ def spread_total_variation_deltas(mu_p: jax.Array, mu_q: jax.Array, noise: Sprea
       TypeError: if this noise has no closed form.
       ValueError: if the noise is not Gaussian and an event has more than one dimension.
     """
-    mu_p, mu_q, noise = _deltas(mu_p, mu_q, noise)
-    if isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
-        square = 0.25 * noise.kl(mu_p, mu_q)
-        apart = square != 0  # the root of zero has no derivative; NaN stays NaN
-        return jnp.where(apart, jax.lax.erf(jnp.sqrt(jnp.where(apart, square, 1))), 0)
-    if not isinstance(noise, (LaplaceNoise, CauchyNoise, LogisticNoise)):
-        raise _no_closed_form("total variation", noise)
-    t = _standard_distance(mu_p, mu_q, noise)
-    if t.shape[1] != 1:
-        raise ValueError(
-            f"mu_p must have events of one number for {type(noise).__name__}, got shape {mu_p.shape}; "
-            "estimate with spread_divergence(..., divergence=total_variation)."
-        )
-    if isinstance(noise, LaplaceNoise):
-        return -jnp.expm1(-0.5 * t[:, 0])
-    if isinstance(noise, CauchyNoise):
-        return 2 / math.pi * jnp.arctan(0.5 * t[:, 0])
-    return jnp.tanh(0.25 * t[:, 0])
+    return _of_deltas("total_variation", "total variation", mu_p, mu_q, noise)
 
 
 def spread_kl_gaussians(
@@ -250,24 +189,27 @@ def spread_hellinger_gaussians(
     difference, cov_p, cov_q = _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise)
     log_det = lambda cholesky: 2 * jnp.log(jnp.diagonal(cholesky)).sum()
     middle = jnp.linalg.cholesky(0.5 * (cov_p + cov_q))
-    u = jax.scipy.linalg.solve_triangular(middle, difference, lower=True)
+    solve = lambda b: jax.scipy.linalg.solve_triangular(middle, b, lower=True)
     volumes = log_det(jnp.linalg.cholesky(cov_p)) + log_det(jnp.linalg.cholesky(cov_q))
-    return -jnp.expm1(0.25 * volumes - 0.5 * log_det(middle) - 0.125 * jnp.square(u).sum())
+    far = 0.25 * volumes - 0.5 * log_det(middle)
+    # |A| |B| / |M|^2 = |I - E^2| with E = (A - B) / 2 in units of M, where the three determinants would cancel.
+    halves = jnp.linalg.eigvalsh(solve(solve(0.5 * (cov_p - cov_q)).T))
+    near = jnp.square(halves).max() < 0.25
+    log_affinity = jnp.where(near, 0.25 * jnp.log1p(-jnp.square(jnp.where(near, halves, 0))).sum(), far)
+    return -jnp.expm1(log_affinity - 0.125 * jnp.square(solve(difference)).sum())
 
 
-def _deltas(mu_p, mu_q, noise):
-    """The locations, and the noise around them, after checking that they fit."""
-    mu_p, mu_q = check_batch("mu_p", mu_p), check_batch("mu_q", mu_q)
+def _of_deltas(name, words, mu_p, mu_q, noise):
+    """The noise's own closed form of a divergence between two shifts."""
+    if not hasattr(noise, name):
+        raise TypeError(
+            f"noise {type(noise).__name__} has no closed form for the {words} of two spread deltas; "
+            "estimate it with spread_divergence."
+        )
+    check = getattr(noise, "_array", check_batch)
+    mu_p, mu_q = check("mu_p", mu_p), check("mu_q", mu_q)
     check_same_shape("mu_p", mu_p, "mu_q", mu_q)
-    while isinstance(noise, TransformedNoise):
-        mu_p, mu_q, noise = noise.location(mu_p), noise.location(mu_q), noise.base
-    return mu_p, mu_q, noise
-
-
-def _standard_distance(mu_p, mu_q, noise):
-    """|mu_p - mu_q| / scale, [batch, X]."""
-    difference = mu_p - mu_q
-    return flatten_events(jnp.abs(difference / noise._scale_like(difference)))
+    return getattr(noise, name)(mu_p, mu_q)
 
 
 def _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise):
@@ -284,30 +226,17 @@ def _spread_gaussians(mean_p, cov_p, mean_q, cov_q, noise):
     ):
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape} to fit mean_p, got {value.shape}.")
-    spread = gaussian_noise_covariance(noise, "mean_p", mean_p)
+    # Factorisations need float32 at least.
+    mean_p, mean_q, cov_p, cov_q = (at_least_float32(part) for part in (mean_p, mean_q, cov_p, cov_q))
+    spread = gaussian_noise_covariance(noise, mean_p)
     return mean_p - mean_q, cov_p + spread, cov_q + spread
 
 
-def gaussian_noise_covariance(noise, name, mean):
-    """C, [X, X], of Gaussian or low-rank Gaussian noise on events of the shape of `mean`, [X]."""
-    if not isinstance(noise, (GaussianNoise, LowRankGaussianNoise)):
+def gaussian_noise_covariance(noise, mean):
+    """C, [X, X], of Gaussian noise on events of the shape of `mean`, [X]."""
+    if not hasattr(noise, "covariance"):
         raise TypeError(
             f"noise must be GaussianNoise or LowRankGaussianNoise for Gaussians to stay Gaussian, got "
             f"{type(noise).__name__}; estimate from samples instead."
         )
-    (size,) = mean.shape
-    scale = fit_event("scale", noise.scale, mean[None])
-    covariance = jnp.diag(jnp.square(jnp.broadcast_to(scale, (size,))))
-    if isinstance(noise, LowRankGaussianNoise):
-        factor = jnp.asarray(noise.factor, mean.dtype)
-        if factor.shape[:-1] != (size,):
-            raise ValueError(f"factor must have shape ({size}, R) to fit {name}, got {factor.shape}.")
-        covariance = covariance + factor @ factor.T
-    return covariance
-
-
-def _no_closed_form(what, noise):
-    return TypeError(
-        f"noise {type(noise).__name__} has no closed form for the {what} of two spread deltas; "
-        "estimate it with spread_divergence."
-    )
+    return noise.covariance(mean[None])

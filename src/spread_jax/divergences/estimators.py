@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_callable, check_count, check_same_event, check_samples
-from spread_jax.divergences.f_divergences import FDivergence, kl
+from spread_jax.divergences.f_divergences import FDivergence, check_divergence, kl
 from spread_jax.divergences.mixtures import log_spread_density
 from spread_jax.noise import SpreadNoise
 from spread_jax.noise._protocol import check_noise
@@ -84,11 +84,7 @@ def spread_divergence(
     check_same_event("p_samples", p_samples, "q_samples", q_samples)
     check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
-    if not isinstance(divergence, FDivergence):
-        raise TypeError(
-            f"divergence must be an FDivergence such as spread_jax.kl, got {type(divergence).__name__}; "
-            "make one of your own f with f_divergence(f)."
-        )
+    check_divergence("divergence", divergence)
     p_key, q_key = jax.random.split(key)
     y_p = _draw(p_samples, noise, num_samples, p_key)
     y_q = _draw(q_samples, noise, num_samples, q_key)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 __all__ = [
     "FDivergence",
+    "check_divergence",
     "chi_squared",
     "f_divergence",
     "jensen_shannon",
@@ -43,6 +44,8 @@ class FDivergence:
       from_mixture: 2 f(e^t) / (1 + e^t).
       activation: v -> T, from any real number onto the values a critic may take: the domain of the conjugate.
       conjugate_of_activation: v -> f*(activation(v)), in one stable expression.
+      tight: t -> the v at which the bound below is tight where the log-ratio is t, so that activation(tight(t)) =
+        f'(e^t); None where f is straight on either side of 1, and tells no more than the sign of t.
       conjugate: s -> f*(s) = sup_u (s u - f(u)); None where it was not given.
       upper_bound: the largest value D_f takes.
 
@@ -62,6 +65,7 @@ class FDivergence:
     from_mixture: ArrayFunction
     activation: ArrayFunction
     conjugate_of_activation: ArrayFunction
+    tight: ArrayFunction | None = None
     conjugate: ArrayFunction | None = None
     upper_bound: float = math.inf
 
@@ -72,8 +76,8 @@ class FDivergence:
         """D_f of two discrete distributions, exactly.
 
         Args:
-          log_p: [..., n], log-probabilities, finite.
-          log_q: [..., n], log-probabilities, finite.
+          log_p: [..., n], log-probabilities; -inf of a label that has none.
+          log_q: [..., n], log-probabilities.
 
         Returns:
           [...], in nats.
@@ -88,7 +92,22 @@ class FDivergence:
         if log_p.shape != log_q.shape or log_p.ndim == 0:
             raise ValueError(f"log_p and log_q must have one shape [..., n], got {log_p.shape} and {log_q.shape}.")
         mixture = 0.5 * (jnp.exp(log_p) + jnp.exp(log_q))
-        return (mixture * self.from_mixture(log_p - log_q)).sum(axis=-1)
+        # At the ends of t the integrand has its limit, or grows without one.
+        far = 1e30
+        either = (log_p > -jnp.inf) | (log_q > -jnp.inf)
+        t = jnp.clip(jnp.where(either, log_p, 0) - jnp.where(either, log_q, 0), -far, far)
+        terms = self.from_mixture(t)
+        terms = jnp.where((jnp.abs(t) == far) & (terms > jnp.sqrt(far)), jnp.inf, terms)
+        return jnp.where(either, mixture * terms, 0).sum(axis=-1)
+
+
+def check_divergence(name: str, value) -> None:
+    """Refuses what is no FDivergence."""
+    if not isinstance(value, FDivergence):
+        raise TypeError(
+            f"{name} must be an FDivergence such as spread_jax.kl, got {type(value).__name__}; make one of your own f "
+            "with f_divergence(f)."
+        )
 
 
 def f_divergence(
@@ -163,7 +182,8 @@ def f_divergence(
         u = jnp.exp(jnp.asarray(v))
         return u * activation(v) - f(u)
 
-    return FDivergence(name, from_q, from_p, from_mixture, activation, conjugate_of_activation, conjugate, upper_bound)
+    of_critic = activation, conjugate_of_activation, lambda t: t
+    return FDivergence(name, from_q, from_p, from_mixture, *of_critic, conjugate, upper_bound)
 
 
 def _continued(function, t):
@@ -247,6 +267,7 @@ kl = FDivergence(
     from_mixture=_skewed_information,
     activation=lambda v: v,
     conjugate_of_activation=lambda v: jnp.exp(v - 1),
+    tight=lambda t: t + 1,
     conjugate=lambda s: jnp.exp(s - 1),
 )
 """KL(p||q) = E_p log(p/q), in nats: f(u) = u log u."""
@@ -258,6 +279,7 @@ reverse_kl = FDivergence(
     from_mixture=lambda t: _skewed_information(-t),
     activation=lambda v: -jnp.exp(-v),
     conjugate_of_activation=lambda v: v - 1,
+    tight=lambda t: t,
     conjugate=lambda s: jnp.where(s < 0, -1 - jnp.log(jnp.where(s < 0, -s, 1)), jnp.inf),
 )
 """KL(q||p), in nats: f(u) = -log u."""
@@ -269,6 +291,7 @@ jensen_shannon = FDivergence(
     from_mixture=_jensen_shannon_mixture,
     activation=lambda v: 0.5 * (math.log(2.0) - jax.nn.softplus(-v)),
     conjugate_of_activation=lambda v: 0.5 * (jax.nn.softplus(v) - math.log(2.0)),
+    tight=lambda t: t,
     conjugate=lambda s: _below(s, 0.5 * math.log(2.0), lambda s: -0.5 * jnp.log(2 - jnp.exp(2 * s))),
     upper_bound=math.log(2.0),
 )
@@ -281,6 +304,7 @@ squared_hellinger = FDivergence(
     from_mixture=_hellinger_mixture,
     activation=lambda v: -0.5 * jnp.expm1(-v),
     conjugate_of_activation=lambda v: 0.5 * jnp.expm1(v),
+    tight=lambda t: 0.5 * t,
     conjugate=lambda s: _below(s, 0.5, lambda s: s / (1 - 2 * s)),
     upper_bound=1.0,
 )
@@ -305,6 +329,7 @@ chi_squared = FDivergence(
     from_mixture=_chi_squared_mixture,
     activation=lambda v: v,
     conjugate_of_activation=_chi_squared_conjugate,
+    tight=lambda t: 2 * jnp.expm1(t),
     conjugate=_chi_squared_conjugate,
 )
 """Pearson's E_q (p/q - 1)^2: f(u) = (u - 1)^2."""

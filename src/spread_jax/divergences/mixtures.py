@@ -12,7 +12,7 @@ from spread_jax._checks import check_batch, check_count, check_same_event, check
 from spread_jax._pairwise import exp2, is_product, product, split_distances, squares
 from spread_jax._pytree import frozen_pytree
 from spread_jax.noise import SpreadNoise, TransformedNoise
-from spread_jax.noise._protocol import check_noise
+from spread_jax.noise._protocol import check_noise, example_axes
 
 __all__ = ["log_spread_density"]
 
@@ -49,7 +49,8 @@ def log_spread_density(
       y: [m, *event], where to evaluate.
       atoms: [n, *event], the samples x_n of p. Under a TransformedNoise the transform is applied to all of
         them, once.
-      noise: the spread noise p(y|x).
+      noise: the spread noise p(y|x). With a scale for each y, [m, 1, ...], the result for y is that of its scale; such
+        pairs are expanded, in blocks of y, and `chunk_size` has no say.
       log_weights: [n], logarithms of the atoms' weights up to a constant (they are normalised here); -inf
         leaves an atom out. Equal weights by default.
       chunk_size: the edge of a block of pairs; by default at most 2^22 pairs, fewer where events must be
@@ -76,7 +77,7 @@ def log_spread_density(
         atoms, noise = noise.location(atoms), noise.base
     check_same_event("y", y, "atoms", atoms)
     num_y, num_atoms = y.shape[0], atoms.shape[0]
-    dtype = jnp.result_type(y, atoms)
+    dtype = jnp.promote_types(jnp.result_type(y, atoms), jnp.float32)  # sums over atoms leave narrower ones
     y, atoms = y.astype(dtype), atoms.astype(dtype)
     if log_weights is None:
         log_weights = jnp.full(num_atoms, -math.log(num_atoms), dtype)
@@ -94,6 +95,8 @@ def log_spread_density(
         log_weights = jax.nn.log_softmax(log_weights)
     if num_y == 0:
         return jnp.zeros(0, dtype)
+    if 0 in example_axes(noise, y):
+        return _of_examples(y, atoms, log_weights, noise)
     edge = _chunk_edge(noise, y) if chunk_size is None else check_count("chunk_size", chunk_size)
     if hasattr(noise, "standardise") and num_atoms > edge:
         u, v, log_constant = noise.standardise(y, atoms)
@@ -104,6 +107,23 @@ def log_spread_density(
         _blocks(y, edge), _blocks(atoms, edge), _blocks(log_weights, edge, -jnp.inf), noise
     )
     return log_density.reshape(-1)[:num_y]
+
+
+def _of_examples(y, atoms, log_weights, noise):
+    """log p~(y) where each y has a noise of its own, a few of them at once."""
+    leaves, structure = jax.tree_util.tree_flatten(noise)
+    axes = example_axes(noise, y)
+    own = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis == 0]
+
+    def one(y_and_own):
+        y, own = y_and_own
+        own = iter(own)
+        leaf_of_y = [next(own) if axis == 0 else leaf for leaf, axis in zip(leaves, axes, strict=True)]
+        noise = jax.tree_util.tree_unflatten(structure, leaf_of_y)
+        return jax.nn.logsumexp(noise.log_prob(jnp.broadcast_to(y, atoms.shape), atoms) + log_weights)
+
+    at_once = max(1, _EXPANDED_NUMBERS // max(atoms.size, 1))
+    return jax.lax.map(jax.checkpoint(one), (y, own), batch_size=min(at_once, y.shape[0]))
 
 
 def _chunk_edge(noise, y):
@@ -180,17 +200,17 @@ def _streamed_log_sum(u, v, bias):
             def add_tile(total, tile):
                 v_tile, bias_tile = tile
                 joint = jax.lax.optimization_barrier(product(u_block, v_tile))  # XLA's own fusion is slower
-                return total + exp2(joint + bias_tile - unit[:, None]).sum(axis=1), None
+                return total + exp2(joint + bias_tile[None] - unit[:, None]).sum(axis=1), None
 
             def in_new_unit():
-                here = _log2_sum(product(u_block, v_block) + bias_block)
+                here = _log2_sum(product(u_block, v_block) + bias_block[None])
                 return in_unit(jnp.logaddexp2(unit + jnp.log2(total), here))
 
             new = _scan(add_tile, total, (split(v_block), split(bias_block)))
             return jax.lax.cond((new < _LARGE).all(), lambda: (unit, new), in_new_unit), None
 
         few = (v[0, :_FIRST_LOOK], bias[0, :_FIRST_LOOK])
-        unit = (product(u_block, few[0]) + few[1]).max(axis=1) + _HEADROOM
+        unit = (product(u_block, few[0]) + few[1][None]).max(axis=1) + _HEADROOM
         unit, total = _scan(add, (unit, jnp.zeros_like(unit)), (v, bias))
         return unit + jnp.log2(total)
 
@@ -218,7 +238,7 @@ def _streamed_log_sum_jvp(primals, tangents):
             u_block, v_block, bias_block, log_sum_block = primal
             du_block, dv_block, dbias_block = tangent
             joint = jax.lax.optimization_barrier(product(u_block, v_block * _LOG2_E))
-            share = exp2(joint + bias_block * _LOG2_E - (log_sum_block * _LOG2_E)[:, None])
+            share = exp2(joint + (bias_block * _LOG2_E)[None] - (log_sum_block * _LOG2_E)[:, None])
             total = jnp.zeros_like(log_sum_block)
             if du_block is not None:
                 total += (du_block * product(share, v_block.T)).sum(axis=1)
@@ -242,7 +262,7 @@ def _log_joint(y, atoms, log_weights, noise):
         pairs = noise.pairwise_log_prob(y, atoms)
     else:
         pairs = jax.vmap(lambda row: noise.log_prob(jnp.broadcast_to(row, atoms.shape), atoms))(y)
-    return pairs + log_weights
+    return pairs + log_weights[None]
 
 
 @jax.custom_jvp

@@ -79,7 +79,7 @@ class LaplaceKernel:
         x, x2 = check_batch("x", x), check_batch("x2", x2)
         check_same_event("x", x, "x2", x2)
         x, x2 = flatten_events(x), flatten_events(x2)
-        return jnp.exp(-jax.vmap(lambda row: jnp.abs(row - x2).sum(axis=1))(x) / self.bandwidth)
+        return jnp.exp(-jax.vmap(lambda row: jnp.abs(row[None] - x2).sum(axis=1))(x) / self.bandwidth)
 
 
 @frozen_pytree

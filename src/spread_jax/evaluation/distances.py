@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _CHUNK = 2048
+_PAIR_NUMBERS = 2**22  # of features of pairs that are held at once
 
 
 @frozen_pytree
@@ -65,6 +66,41 @@ class Moments:
         centred = features - mean
         return cls(len(features), mean, centred.T @ centred)
 
+    @classmethod
+    def from_covariance(cls, mean: np.ndarray, covariance: np.ndarray, *, count: int) -> Moments:
+        """The moments of a stored mean [d] and unbiased covariance [d, d], as published statistics have them.
+
+        Args:
+          mean: [d].
+          covariance: [d, d], symmetric.
+          count: examples that they were taken from, at least 2. Only `merge` and `update` ask for it: where it is
+            unknown, any gives the same Fréchet distance.
+
+        Raises:
+          ValueError: another shape, or numbers that no features have as a covariance.
+
+        Example:
+          >>> import numpy as np
+          >>> p = Moments.from_covariance(np.zeros(2), np.eye(2), count=1000)
+          >>> frechet_distance(p, Moments.from_covariance(np.ones(2), 4 * np.eye(2), count=1000))
+          4.0
+        """
+        mean, covariance = np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+        count = check_count("count", count)
+        if count < 2:
+            raise ValueError(f"count must be at least 2, since a covariance needs as many examples, got {count}.")
+        if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+            raise ValueError(
+                f"mean must have shape [d] and covariance [d, d], got {mean.shape} and {covariance.shape}."
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("mean and covariance must be finite, got NaN or infinity.")
+        if not np.allclose(covariance, covariance.T, rtol=1e-6, atol=1e-6 * np.abs(covariance).max(initial=0)):
+            raise ValueError("covariance must be symmetric, got a matrix that differs from its transpose.")
+        if (np.diagonal(covariance) < 0).any():
+            raise ValueError("covariance must have no negative variance on its diagonal.")
+        return cls(count, mean, covariance * (count - 1))
+
     def update(self, features: np.ndarray) -> Moments:
         """These moments and those of further features [n, d]."""
         return self.merge(Moments.of(features))
@@ -74,7 +110,9 @@ class Moments:
 
         Raises:
           ValueError: the features differ in dimension.
+          TypeError: `other` are no `Moments`.
         """
+        _check_moments("other", other)
         _check_same_dimension("other", other.mean, self.mean)
         count = self.count + other.count
         difference = other.mean - self.mean
@@ -109,6 +147,7 @@ def frechet_distance(p: Moments, q: Moments) -> float:
 
     Raises:
       ValueError: different dimensions, or fewer than two examples.
+      TypeError: p or q are no `Moments`: see `Moments.of` and `Moments.from_covariance`.
 
     Source: Heusel et al., GANs Trained by a Two Time-Scale Update Rule, NeurIPS 2017, equation 6.
 
@@ -118,6 +157,8 @@ def frechet_distance(p: Moments, q: Moments) -> float:
       >>> print(round(frechet_distance(Moments.of(features), Moments.of(features + 2.0)), 6))
       12.0
     """
+    _check_moments("p", p)
+    _check_moments("q", q)
     _check_same_dimension("q", q.mean, p.mean)
     first, second = _square_root(p.covariance), _square_root(q.covariance)
     shared = np.linalg.svd(first @ second, compute_uv=False).sum()
@@ -295,11 +336,12 @@ def precision_recall_density_coverage(
     radii = [_neighbours(f, f, k + 1, chunk_size)[1][:, k] for f in (real, fake)]
     real_balls_around_fake = np.zeros(len(fake), np.int64)
     fake_in_real_ball, real_in_fake_ball = np.zeros(len(real), bool), np.zeros(len(real), bool)
-    for rows, columns, squares in _blocks(real, fake, chunk_size):
-        inside = squares <= radii[0][rows, None]
+    for rows, columns, squares, error in _blocks(real, fake, chunk_size):
+        within = lambda radii: _at_most(squares, error, radii, real[rows], fake[columns])  # noqa: B023
+        inside = within(radii[0][rows, None])
         real_balls_around_fake[columns] += inside.sum(axis=0)
         fake_in_real_ball[rows] |= inside.any(axis=1)
-        real_in_fake_ball[rows] |= (squares <= radii[1][None, columns]).any(axis=1)
+        real_in_fake_ball[rows] |= within(radii[1][None, columns]).any(axis=1)
     return PrecisionRecall(
         precision=float((real_balls_around_fake > 0).mean()),
         recall=float(real_in_fake_ball.mean()),
@@ -415,6 +457,14 @@ def _check_features(name: str, value) -> np.ndarray:
     return array
 
 
+def _check_moments(name: str, value) -> None:
+    if not isinstance(value, Moments):
+        raise TypeError(
+            f"{name} must be Moments, got {type(value).__name__}; make them with Moments.of(features) or "
+            "Moments.from_covariance(mean, covariance, count=...)."
+        )
+
+
 def _check_pair(name: str, value, other_name: str, other) -> tuple[np.ndarray, np.ndarray]:
     first, second = _check_features(name, value), _check_features(other_name, other)
     _check_same_dimension(other_name, second[0], first[0])
@@ -464,17 +514,36 @@ def _extrapolate(p: np.ndarray, q: np.ndarray, num_sizes: int) -> float:
     return float(np.polyfit(1 / sizes, distances, 1, w=np.sqrt(weights))[1])
 
 
-def _blocks(x: np.ndarray, y: np.ndarray, chunk_size: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Rows, columns and squared distances of each block of pairs."""
+def _blocks(x: np.ndarray, y: np.ndarray, chunk_size: int) -> Iterator[tuple[slice, slice, np.ndarray, np.ndarray]]:
+    """Rows, columns, squared distances and bounds on their rounding error of each block of pairs.
+
+    By a matrix product, which is fast; what hangs on the last digits of two distances is decided by `_squares`.
+    """
     centre = y.mean(axis=0)
     x, y = x - centre, y - centre
     x_squares, y_squares = np.square(x).sum(axis=1), np.square(y).sum(axis=1)
+    # Of three sums of d products, and of the centring.
+    rounding = 4 * (x.shape[1] + 8) * np.finfo(np.float64).eps
     for rows in _slices(len(x), chunk_size):
         for columns in _slices(len(y), chunk_size):
             sums = x_squares[rows, None] + y_squares[None, columns]
-            squares = sums - 2 * (x[rows] @ y[columns].T)
-            # Copies have distance zero, not what rounding leaves of it.
-            yield rows, columns, np.where(squares > 1e-13 * sums, squares, 0.0)
+            yield rows, columns, sums - 2 * (x[rows] @ y[columns].T), rounding * sums
+
+
+def _squares(x: np.ndarray, y: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Squared distances of the pairs x[rows], y[columns], to rounding of each: equal pairs have equal numbers."""
+    found = np.empty(len(rows))
+    for part in _slices(len(rows), max(_PAIR_NUMBERS // x.shape[1], 1)):
+        found[part] = np.square(x[rows[part]] - y[columns[part]]).sum(axis=1)
+    return found
+
+
+def _at_most(squares, error, radii, x, y) -> np.ndarray:
+    """Whether the squared distances of x and y are at most the squared radii, ties included."""
+    inside = squares <= radii
+    rows, columns = np.nonzero(np.abs(squares - radii) <= error)
+    inside[rows, columns] = _squares(x, y, rows, columns) <= np.broadcast_to(radii, squares.shape)[rows, columns]
+    return inside
 
 
 def _slices(count: int, chunk_size: int) -> Iterator[slice]:
@@ -485,13 +554,25 @@ def _neighbours(x: np.ndarray, others: np.ndarray, k: int, chunk_size: int) -> t
     """Indices and squared distances [n, k], nearest first; only k candidates of each row are kept."""
     indices = np.zeros((len(x), k), np.int64)
     squares = np.full((len(x), k), np.inf)
-    for rows, columns, block in _blocks(x, others, chunk_size):
+    for rows, columns, approximate, error in _blocks(x, others, chunk_size):
+        block = np.full(approximate.shape, np.inf)
+
+        def evaluate(which, x=x[rows], y=others[columns], block=block):
+            block[which] = _squares(x, y, *which)
+
+        # Those that look nearest bound the k-th distance; then all that may be nearer yet.
+        count = min(k, block.shape[1])
+        nearest = np.argpartition(approximate, count - 1, axis=1)[:, :count]
+        evaluate((np.repeat(np.arange(len(block)), count), nearest.ravel()))
+        best = np.sort(np.concatenate([squares[rows], np.take_along_axis(block, nearest, axis=1)], axis=1), axis=1)
+        bound = best[:, k - 1, None]
+        evaluate(np.nonzero((approximate - error < bound) & (bound > 0) & np.isinf(block)))
         own = np.broadcast_to(np.arange(columns.start, columns.stop), block.shape)
         candidates = np.concatenate([squares[rows], block], axis=1)
         candidate_indices = np.concatenate([indices[rows], own], axis=1)
-        best = np.argpartition(candidates, k - 1, axis=1)[:, :k]
-        squares[rows] = np.take_along_axis(candidates, best, axis=1)
-        indices[rows] = np.take_along_axis(candidate_indices, best, axis=1)
+        kept = np.argpartition(candidates, k - 1, axis=1)[:, :k]
+        squares[rows] = np.take_along_axis(candidates, kept, axis=1)
+        indices[rows] = np.take_along_axis(candidate_indices, kept, axis=1)
     order = np.argsort(squares, axis=1, kind="stable")
     return np.take_along_axis(indices, order, axis=1), np.take_along_axis(squares, order, axis=1)
 

@@ -111,7 +111,7 @@ class FeatureNetwork:
         Raises:
           FeaturesError: the file is missing, is something else, or is damaged: its fingerprint does not fit.
         """
-        make = "Make one with `python -m experiments.features`."
+        make = "Make one with `spread-jax features`."
         try:
             with open(path, "rb") as file:
                 _refuse_bomb(file)

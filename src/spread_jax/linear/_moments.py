@@ -14,18 +14,20 @@ __all__ = ["device_moments", "host_moments"]
 def host_moments(x: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean [X] and covariance [X, X] of [N, X] in float64; x may be a memory map larger than the memory.
 
-    Chunks have means of their own and are then joined: exact for data that drift from chunk to chunk too.
+    Chunks have means of their own and are then joined: exact for data that drift from chunk to chunk too. What is
+    summed is the difference to the first row, so that constant columns have a variance of zero exactly.
     """
+    origin = np.array(x[0], np.float64)
     mean = np.zeros(x.shape[1])
     scatter = np.zeros((x.shape[1], x.shape[1]))
     for start in range(0, len(x), chunk_size):
-        rows = np.array(x[start : start + chunk_size], np.float64)
+        rows = x[start : start + chunk_size] - origin
         chunk_mean = rows.mean(axis=0)
         rows -= chunk_mean
         difference, count = chunk_mean - mean, start + len(rows)
         scatter += rows.T @ rows + np.outer(difference, difference) * (len(rows) * start / count)
         mean += difference * (len(rows) / count)
-    return mean, scatter / len(x)
+    return origin + mean, scatter / len(x)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -52,6 +52,9 @@ def pseudo_inverse(mixing: jax.Array) -> jax.Array:
     return jnp.linalg.solve(mixing @ mixing.T, mixing).T
 
 
+@functools.partial(
+    jax.jit, static_argnames=("num_samples", "num_spread_samples", "rows_per_draw", "chunk_size", "with_score")
+)
 def importance_moments(
     mixing: jax.Array,
     x: jax.Array,
@@ -103,6 +106,7 @@ def importance_moments(
     return jax.lax.scan(step, start, jnp.arange(num_steps))[0]
 
 
+@functools.partial(jax.jit, static_argnames="num_samples")
 def score_deviation(
     mixing: jax.Array,
     x: jax.Array,
@@ -121,6 +125,7 @@ def score_deviation(
     return jnp.std(each, axis=-1), draw.log_evidence.mean()
 
 
+@functools.partial(jax.jit, static_argnames="num_samples")
 def turn_gain(
     mixing: jax.Array,
     x: jax.Array,

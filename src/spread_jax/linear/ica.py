@@ -27,17 +27,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._checks import check_batch, check_count, check_positive, check_samples
+from spread_jax._checks import check_batch, check_count, check_positive, check_samples, is_concrete
 from spread_jax._pytree import frozen_pytree
-from spread_jax.linear import _closed_form, _gibbs
-from spread_jax.linear._sampling import (
-    PosteriorMoments,
-    importance_moments,
-    pseudo_inverse,
-    score_deviation,
-    turn_gain,
-)
-from spread_jax.linear.sources import LaplaceSource, Source, as_source
+from spread_jax.linear import _closed_form, _gibbs, _iterative
+from spread_jax.linear._host import library
+from spread_jax.linear._order import stable_order
+from spread_jax.linear._sampling import PosteriorMoments, importance_moments, pseudo_inverse
+from spread_jax.linear._whiten import principal_axes, whiten
+from spread_jax.linear.sources import NAMED, LaplaceSource, Source, as_source
 
 __all__ = [
     "IcaResult",
@@ -52,15 +49,8 @@ __all__ = [
 
 METHODS = ("auto", "closed_form", "natural_gradient", "spread_em", "em", "gibbs")
 _ITERATIONS = {"closed_form": 200, "natural_gradient": 80, "spread_em": 500, "em": 500, "gibbs": 1100}
+_TOLERANCES = {"closed_form": 0.1}
 _SAMPLES = {"natural_gradient": 8, "spread_em": 1000, "em": 1000}
-# Standard errors that the gradient may be away from zero when a sampling method is called converged. With 0.5, three of
-# 162 fits of 500 to 3,000 examples stopped at a plateau, with 0.25 none did; 0.1 to 0.2 is what noise leaves.
-_STANDARD_ERRORS = 0.25
-# EM steps between two looks at the mean of their gradients, and the last of them, whose A are averaged. With fresh
-# noise in every step a mean over 15 gradients is itself up to 0.65 standard errors off, one over 50 up to 0.35.
-_BETWEEN_LOOKS, _LAST = 50, 15
-_LOOK_ROWS, _LOOK_SAMPLES = 2048, 64  # of the deviations that the gradient is measured in
-_TURN_ROWS, _TURN_SAMPLES = 8192, 32  # of the look at turns of two columns
 
 
 @frozen_pytree
@@ -68,7 +58,10 @@ class IcaResult:
     """An estimate x = mean + A z.
 
     Args:
-      mixing: [X, Z], A, in units of x; sources have unit variance under the model.
+      mixing: [X, Z], A, in units of x; sources have unit variance under the model. The column that explains most
+        variance, |a_j|^2, comes first; those whose variances follow each other within a twentieth are in the order of
+        their cosine with a fixed direction, which rounding does not change. In each column the first entry within a
+        twentieth of the largest is positive.
       unmixing: [Z, X], the pseudo-inverse of A: z = (x - mean) @ unmixing.T.
       mean: [X].
       noise_scale: the spread noise used: [] in units of x, or [Z] in units of a source for closed_form.
@@ -77,6 +70,9 @@ class IcaResult:
         steps became small: the steps of EM do so without it. The gradient vanishes at a plateau too, where columns are
         still mixed, so that EM and natural_gradient also look whether turning two of them is likelier.
       residual: [], what was compared with the tolerance.
+      leakage: [Z, Z], for closed_form: how much of source j is in the estimate of source i, as the standard deviation
+        that is predicted for the error of this fit, where sources have unit variance. It is 1 for two sources that
+        the data cannot tell apart, as those of two Gaussian laws are. Other methods give NaN.
     """
 
     mixing: jax.Array
@@ -86,6 +82,16 @@ class IcaResult:
     num_iterations: jax.Array
     converged: jax.Array
     residual: jax.Array
+    leakage: jax.Array
+
+    @property
+    def column_errors(self) -> jax.Array:
+        """[Z], the predicted error of each column of A: the root-mean-square length of a_est - a over that of a.
+
+        Of its direction: a_est - a = sum over i of a_i e_ij, with `leakage` the standard deviations of e_ij.
+        """
+        squares = (jnp if isinstance(self.mixing, jax.Array) else np).square(self.mixing).sum(axis=0)
+        return (squares @ self.leakage**2 / squares) ** 0.5
 
 
 def paper_noise_scale(mixing: jax.Array) -> jax.Array:
@@ -104,9 +110,7 @@ def paper_noise_scale(mixing: jax.Array) -> jax.Array:
       >>> print(paper_noise_scale(jnp.ones((4, 1))))
       2.5
     """
-    mixing = check_batch("mixing", mixing)
-    # The mean over entries of A A^T is a squared length.
-    return jnp.maximum(0.001, 2.5 * jnp.linalg.norm(mixing.sum(axis=0)) / mixing.shape[0])
+    return _iterative.paper_noise_scale(check_batch("mixing", mixing))
 
 
 def posterior_moments(
@@ -200,7 +204,7 @@ def em_step(mixing: jax.Array, x: jax.Array, *, key: jax.Array, **e_step) -> jax
       >>> print(mixing.shape)
       (2, 2)
     """
-    return _em_update(posterior_moments(mixing, x, key=key, **e_step))
+    return _iterative.em_update(posterior_moments(mixing, x, key=key, **e_step))
 
 
 def natural_gradient_step(
@@ -240,7 +244,7 @@ def natural_gradient_step(
       (2, 2)
     """
     moments = posterior_moments(mixing, x, num_samples=num_samples, key=key, **e_step)
-    return _natural_update(jnp.asarray(mixing), moments, step_size)
+    return _iterative.natural_update(jnp.asarray(mixing), moments, step_size)
 
 
 def gibbs_step(
@@ -307,17 +311,20 @@ def fit(
 ) -> IcaResult:
     r"""Estimates A of x = mean + A z, z independent with unit variance, by a spread likelihood.
 
-    Pure and differentiable code under jit and vmap; checks of the numbers in x happen where x is concrete.
+    Pure code under jit and vmap; checks of the numbers in x happen where x is concrete.
 
     Args:
-      x: [N, X], data, float32 or float64.
+      x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, in its own precision, with
+        nothing to compile, and gives NumPy arrays; a JAX array is fitted where it lies.
       num_sources: Z; X if not given. More than X makes the model overcomplete.
       method: "closed_form" (the default "auto" for Z <= X), "natural_gradient", "spread_em", "em" or "gibbs" (the
         default for Z > X).
-      source: the law of a source: "auto", a name, a `Source`, or a log-density. With "auto", closed_form uses the
-        Laplace law's score at the spread scale which suits each source best, and scales sources to unit variance
-        unless the Laplace law holds; the other methods take it for "laplace".
-      noise_scale: sigma. For closed_form in units of a source, chosen from the data if not given. For the others in
+      source: the law of a source: "auto", a name, a `Source`, or a log-density. With "auto", closed_form estimates the
+        score of each source from the data, whatever its law, with no spread noise; the other methods take it for
+        "laplace". With a law, closed_form weighs its score against u for each source, so that a source of another law
+        does no harm, and the likelihood of that law, not unit variance, sets the scales of sources.
+      noise_scale: sigma. For closed_form in units of a source, by default 3.3 / N^(1/2), but from 0.05 to 0.3; with
+        source "auto" a number given stands for the spread Laplace law, scaled to unit variance. For the others in
         units of x: by default 0.2 (natural_gradient) or 0.1 (gibbs) root-mean-square entries of A, the paper's rule
         from the current A (spread_em).
       observation_scale: gamma, standard deviation of noise that x is known to hold, in units of x.
@@ -325,10 +332,10 @@ def fit(
       num_spread_samples: of y for each x.
       rows_per_draw: as in `posterior_moments`.
       max_iterations: most steps; 200, 80, 500, 500 or 1100 in the order of the methods above.
-      tolerance: closed_form stops when no entry of a relative step exceeds it (1e-5). EM stops, and every sampling
-        method is called converged, when no entry of the mean relative gradient exceeds it, in standard errors of that
-        mean over examples (0.25): what is left to gain is then less than the data can tell. Nor may turning two columns
-        of A, by pi/8 or pi/4, be likelier by more standard errors than that (not looked at by gibbs).
+      tolerance: in standard errors over examples. closed_form stops when no entry of a relative step exceeds it (0.1).
+        EM stops, and every sampling method is called converged, when no entry of the mean relative gradient exceeds it
+        (0.25): what is left to gain is then less than the data can tell. Nor may turning two columns of A, by pi/8 or
+        pi/4, be likelier by more standard errors than that (not looked at by gibbs).
       num_restarts: random starts, run side by side by vmap; the best likelihood (contrast, for closed_form) is kept.
         Chains have no likelihood to compare, so for gibbs the runs vote: a column counts that most of them found.
         All of it takes 2 num_restarts / 3 + 3 / 2 times max_iterations.
@@ -343,7 +350,8 @@ def fit(
         is below num_sources.
 
     Source: Zhang et al., Spread Divergence, ICML 2020, section on deterministic ICA; A. Hyvarinen, FastICA, 1999,
-      for the fixed point; J.-F. Cardoso and B. Laheld, 1996, for relative steps.
+      for the fixed point; J.-F. Cardoso and B. Laheld, 1996, for relative steps; D. T. Pham and P. Garat, 1997, for
+      scores estimated by projection.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -352,7 +360,11 @@ def fit(
       >>> print(result.mixing.shape, bool(result.converged))
       (3, 2) True
     """
-    x = check_samples("x", x)
+    host = isinstance(x, np.ndarray) and x.dtype in (np.float32, np.float64)
+    if not host or x.size == 0:
+        x, host = check_samples("x", x), False
+    elif not np.isfinite(x).all():
+        raise ValueError("x must be finite, got NaN or infinity; remove those samples first.")
     if x.ndim != 2:
         raise ValueError(f"x must have shape [N, X], got {x.shape}.")
     size = x.shape[1] if num_sources is None else check_count("num_sources", num_sources)
@@ -380,14 +392,16 @@ def fit(
     _check_not_negative("observation_scale", observation_scale)
     if tolerance is not None:
         check_positive("tolerance", tolerance)
-    known_law = source != "auto" if isinstance(source, str) else True
-    source = as_source(source) if known_law else LaplaceSource()
+    source = source_of(source)
+    known_law = source is not None
+    source = source if known_law else LaplaceSource()
+    observed = not (isinstance(observation_scale, (int, float)) and observation_scale == 0)
     if method == "gibbs":
         _check_scale_mixture(source)
     options = {
         "method": method,
         "num_sources": size,
-        "observed": not (isinstance(observation_scale, (int, float)) and observation_scale == 0),
+        "observed": observed,
         "known_law": known_law,
         "num_restarts": check_count("num_restarts", num_restarts),
         "num_samples": check_count("num_samples", _SAMPLES.get(method, 1) if num_samples is None else num_samples),
@@ -396,12 +410,24 @@ def fit(
         "max_iterations": check_count(
             "max_iterations", _ITERATIONS[method] if max_iterations is None else max_iterations
         ),
-        "tolerance": (1e-5 if method == "closed_form" else _STANDARD_ERRORS) if tolerance is None else tolerance,
+        "tolerance": _TOLERANCES.get(method, _iterative.STANDARD_ERRORS) if tolerance is None else tolerance,
     }
-    result, variances = _fit(x, source, noise_scale, observation_scale, key, **options)
-    if not isinstance(variances, jax.core.Tracer) and variances.is_fully_addressable:
-        _check_rank(np.asarray(variances), directions)
+    if host and method == "closed_form":
+        observation_scale = float(observation_scale)
+        axes = principal_axes(x, observation_scale**2 if observed else None)
+        _check_rank(axes.rank, size)
+        return _closed_form_fit(x, axes, source, noise_scale, observation_scale, key, **options)
+    result, deviations = _fit(jnp.asarray(x), source, noise_scale, observation_scale, key, **options)
+    if is_concrete(deviations):
+        _check_rank(int((deviations > 0).sum()), directions)
     return result
+
+
+def source_of(source: str | Source | Callable[[jax.Array], jax.Array]) -> Source | None:
+    """The law that `fit` takes for its `source`; None for "auto"."""
+    if isinstance(source, str) and source not in ("auto", *NAMED):
+        raise ValueError(f"source must be one of {', '.join(map(repr, ('auto', *NAMED)))}, got {source!r}.")
+    return None if isinstance(source, str) and source == "auto" else as_source(source)
 
 
 def _check_not_negative(name, value):
@@ -421,9 +447,7 @@ def _check_noise(noise_scale, observation_scale):
         )
 
 
-def _check_rank(variances, directions):
-    floor = np.finfo(variances.dtype).eps * max(len(variances), 8) * variances[0]
-    rank = int((variances > floor).sum())
+def _check_rank(rank, directions):
     if rank < directions:
         raise ValueError(
             f"num_sources must be at most the rank of x, which is {rank}, got {directions}: columns of x are constant "
@@ -449,24 +473,6 @@ def _check_scale_mixture(source):
     return source
 
 
-def _em_update(moments):
-    return jnp.linalg.solve(moments.z_z, moments.y_z.T).T
-
-
-def _natural_update(mixing, moments, step_size):
-    size = mixing.shape[1]
-    eye = jnp.eye(size, dtype=mixing.dtype)
-    f = moments.score_z - eye
-    h = moments.score_square
-    # h_i >= 1 with equality for a Gaussian source; the bound keeps steps short where sources are nearly so.
-    m = (h[None, :] * f - f.T) / jnp.maximum(h[:, None] * h[None, :] - 1, 0.2)
-    m = jnp.where(eye > 0, f, m)
-    m = m * jnp.minimum(1, 0.3 / jnp.maximum(jnp.abs(m).max(), 1e-30))
-    q, _ = jnp.linalg.qr(mixing)
-    span = _em_update(moments)
-    return mixing + step_size * (mixing @ m) + span - q @ (q.T @ span)
-
-
 @functools.partial(
     jax.jit,
     static_argnames=(
@@ -484,29 +490,21 @@ def _natural_update(mixing, moments, step_size):
 )
 def _fit(x, source, noise_scale, observation_scale, key, *, method, num_sources, observed, known_law, **options):
     observation_scale = jnp.asarray(observation_scale, x.dtype)
-    directions = min(num_sources, x.shape[1])
-    whitened = _closed_form.whiten(x, directions, observation_scale)
+    variance = jnp.square(observation_scale) if observed else None
+    axes = principal_axes(x, variance)
     if method == "closed_form":
-        names = ("num_restarts", "max_iterations", "tolerance")
-        found = _closed_form.fit(
-            whitened,
-            source,
-            noise_scale,
-            observation_scale,
-            key,
-            known_law=known_law,
-            observed=observed,
-            **{name: options[name] for name in names},
-        )
-        return _result(found, whitened.mean, options["tolerance"]), whitened.variances
-    mean, from_white = whitened.mean, whitened.from_white
+        options |= {"num_sources": num_sources, "observed": observed, "known_law": known_law}
+        found = _closed_form_fit(x, axes, source, noise_scale, observation_scale, key, **options)
+        return found, axes.deviations
+    mean = axes.mean
+    _, from_white, _, _ = whiten(x, axes, min(num_sources, x.shape[1]), variance)
     typical = jnp.sqrt(jnp.square(from_white).sum() / (x.shape[1] * num_sources))
 
     if method == "gibbs":
         scale = 0.1 * typical if noise_scale is None else jnp.asarray(noise_scale, x.dtype)
         found = _gibbs.fit(x - mean, from_white, num_sources, source, scale, observation_scale, key, **options)
         found["unmixing"] = pseudo_inverse(found["mixing"])
-        return _result(found, mean, options["tolerance"]), whitened.variances
+        return _result(found, mean, options["tolerance"]), axes.deviations
     start_key, key = jax.random.split(key)
 
     def one(start_key, key):
@@ -514,7 +512,7 @@ def _fit(x, source, noise_scale, observation_scale, key, *, method, num_sources,
         scale = noise_scale
         if scale is None and method == "natural_gradient":
             scale = 0.2 * typical
-        run = _fit_natural if method == "natural_gradient" else _fit_em
+        run = _iterative.fit_natural if method == "natural_gradient" else _iterative.fit_em
         scale = 0.0 if method == "em" else scale
         return run(x - mean, start, source, scale, observation_scale, key, **options)
 
@@ -526,120 +524,49 @@ def _fit(x, source, noise_scale, observation_scale, key, *, method, num_sources,
         found = jax.vmap(one)(*keys)
         found = jax.tree.map(lambda a: a[jnp.argmax(found["log_likelihood"])], found)
     found["unmixing"] = pseudo_inverse(found["mixing"])
-    return _result(found, mean, options["tolerance"]), whitened.variances
+    return _result(found, mean, options["tolerance"]), axes.deviations
+
+
+def _closed_form_fit(
+    x, axes, source, noise_scale, observation_scale, key, *, num_sources, observed, known_law, **options
+):
+    """The closed form's result, in NumPy or in JAX as x is."""
+    xp = library(x)
+    v, from_white, to_white, noise = whiten(x, axes, num_sources, observation_scale**2 if observed else None)
+    shape = options["num_restarts"], num_sources, num_sources
+    if xp is np:  # JAX's generator would have to be compiled
+        starts = np.random.default_rng(np.asarray(jax.random.key_data(key))).normal(size=shape)
+    else:
+        starts = jax.random.normal(key, shape, v.dtype)
+    found = _closed_form.fit(
+        v,
+        _closed_form.polar(starts),
+        source if known_law or noise_scale is not None else None,
+        noise_scale,
+        noise,
+        likelihood=known_law,
+        max_iterations=options["max_iterations"],
+        tolerance=options["tolerance"],
+    )
+    rotation = found["rotation"]
+    found["mixing"] = xp.linalg.solve(rotation.T, from_white.T).T  # D W^-1
+    found["unmixing"] = rotation @ to_white
+    if xp is np:
+        found = {name: np.asarray(value, x.dtype if name != "num_iterations" else int) for name, value in found.items()}
+    return _result(found, axes.mean.astype(x.dtype), options["tolerance"])
 
 
 def _result(found, mean, tolerance):
+    order, signs = stable_order(found["mixing"])
+    scale = found["noise_scale"]
+    leakage = found["leakage"] if "leakage" in found else jnp.full((len(order),) * 2, jnp.nan, scale.dtype)
     return IcaResult(
-        mixing=found["mixing"],
-        unmixing=found["unmixing"],
+        mixing=(found["mixing"] * signs)[:, order],
+        unmixing=(found["unmixing"] * signs[:, None])[order],
         mean=mean,
-        noise_scale=found["noise_scale"],
+        noise_scale=scale[order] if scale.ndim else scale,
         num_iterations=found["num_iterations"],
         converged=found["residual"] <= tolerance,
         residual=found["residual"],
+        leakage=leakage[order][:, order],
     )
-
-
-def _residual(gradient, mixing, x, noise_scale, observation_scale, source, key, tolerance):
-    """What the data say against A, in standard errors over examples, and the mean of log p~.
-
-    The largest entry of the relative gradient; where that is small, as it is at a plateau too, no less than what a turn
-    of two columns gains.
-    """
-    rows = lambda most: x[:: max(x.shape[0] // most, 1)]
-    model = {"noise_scale": noise_scale, "observation_scale": observation_scale, "source": source, "key": key}
-    deviation, log_likelihood = score_deviation(mixing, rows(_LOOK_ROWS), num_samples=_LOOK_SAMPLES, **model)
-    residual = math.sqrt(x.shape[0]) * jnp.max(jnp.abs(gradient) / deviation)
-    turned = lambda: jnp.maximum(residual, turn_gain(mixing, rows(_TURN_ROWS), num_samples=_TURN_SAMPLES, **model))
-    small = residual <= max(tolerance, _STANDARD_ERRORS)
-    return jax.lax.cond(small, turned, lambda: residual), log_likelihood
-
-
-def _fit_natural(x, start, source, noise_scale, observation_scale, key, *, max_iterations, tolerance, **options):
-    """Full steps, then shorter ones; the mean of the last tenth."""
-    noise_scale = jnp.asarray(noise_scale, x.dtype)
-    e_step = _e_step(x, source, observation_scale, key, options)
-    last = max(max_iterations // 10, 1)
-    eye = jnp.eye(start.shape[1], dtype=x.dtype)
-
-    def step(carry, t):
-        mixing, mean, gradient = carry
-        moments = e_step(mixing, noise_scale, t)
-        step_size = jnp.where(t < 0.5 * max_iterations, 1.0, jnp.where(t < 0.75 * max_iterations, 0.3, 0.1))
-        mixing = _natural_update(mixing, moments, step_size.astype(x.dtype))
-        share = jnp.where(t < max_iterations - last, 0, 1 / last).astype(x.dtype)
-        return (mixing, mean + share * mixing, gradient + share * (moments.score_z - eye)), None
-
-    carry = (start, jnp.zeros_like(start), jnp.zeros_like(eye))
-    (_, mixing, gradient), _ = jax.lax.scan(step, carry, jnp.arange(max_iterations))
-    residual, log_likelihood = _residual(gradient, mixing, x, noise_scale, observation_scale, source, key, tolerance)
-    return {
-        "mixing": mixing,
-        "noise_scale": noise_scale,
-        "num_iterations": jnp.asarray(max_iterations),
-        "residual": residual,
-        "log_likelihood": log_likelihood,
-    }
-
-
-def _fit_em(x, start, source, noise_scale, observation_scale, key, *, max_iterations, tolerance, **options):
-    """Steps until their mean gradient vanishes; the mean of the last few A."""
-    e_step = _e_step(x, source, observation_scale, key, options)
-    scale_of = paper_noise_scale if noise_scale is None else lambda mixing: jnp.asarray(noise_scale, x.dtype)
-    steps = min(_BETWEEN_LOOKS, max_iterations)
-    last = min(_LAST, steps)
-
-    def step(carry, t):
-        mixing, total, gradient = carry
-        scale = scale_of(mixing)
-        moments = e_step(mixing, scale, t, with_score=False)
-        # Fisher's identity: the samples of the step itself give the gradient.
-        variance = jnp.square(scale) + jnp.square(observation_scale)
-        gradient += mixing.T @ mixing @ moments.deviation_z / variance
-        mixing = _em_update(moments)
-        return (mixing, total + mixing, gradient), None
-
-    def body(carry):
-        mixing, _, t, _, _ = carry
-        zeros = jnp.zeros_like(mixing), jnp.zeros((mixing.shape[1],) * 2, x.dtype)
-        (mixing, _, gradient), _ = jax.lax.scan(step, (mixing, *zeros), t + jnp.arange(steps - last))
-        found = jax.lax.scan(step, (mixing, zeros[0], gradient), t + jnp.arange(steps - last, steps))
-        (mixing, total, gradient), _ = found
-        mean = total / last
-        look_key = jax.random.fold_in(key, t)
-        gradient /= steps
-        measured = _residual(gradient, mean, x, scale_of(mean), observation_scale, source, look_key, tolerance)
-        return mixing, mean, t + steps, *measured
-
-    infinite = jnp.asarray(jnp.inf, x.dtype)
-    carry = (start, start, jnp.asarray(0), infinite, -infinite)
-    going = lambda carry: (carry[3] > tolerance) & (carry[2] + steps <= max_iterations)
-    _, mixing, t, residual, log_likelihood = jax.lax.while_loop(going, body, carry)
-    return {
-        "mixing": mixing,
-        "noise_scale": scale_of(mixing),
-        "num_iterations": t,
-        "residual": residual,
-        "log_likelihood": log_likelihood,
-    }
-
-
-def _e_step(x, source, observation_scale, key, options):
-    names = ("num_samples", "num_spread_samples", "rows_per_draw")
-    draws = {name: options[name] for name in names}
-
-    def e_step(mixing, noise_scale, t, with_score=True):
-        return importance_moments(
-            mixing,
-            x,
-            noise_scale=noise_scale,
-            observation_scale=observation_scale,
-            source=source,
-            chunk_size=None,
-            key=jax.random.fold_in(key, t),
-            with_score=with_score,
-            **draws,
-        )
-
-    return e_step

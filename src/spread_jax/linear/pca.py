@@ -402,6 +402,7 @@ def _em(covariance, variance, tolerance, key, num_components, spread, max_iterat
     return jax.lax.while_loop(unfinished, step, (start, jnp.zeros((), jnp.int32), jnp.zeros((), bool)))
 
 
+@functools.partial(jax.jit, static_argnames="spread")
 def _em_step(loadings, covariance, variance, spread):
     """The next loadings, and the stationarity residual |T C^-1 F - F| / |F| of the given ones."""
     weights, posterior_covariance = _posterior(loadings, variance)
@@ -414,6 +415,7 @@ def _em_step(loadings, covariance, variance, spread):
     return _solve(second, cross.T).T, residual
 
 
+@functools.partial(jax.jit, static_argnames="spread")
 def _log_likelihood(loadings, covariance, variance, spread):
     size = loadings.shape[0]
     weights, posterior_covariance = _posterior(loadings, variance)
@@ -427,6 +429,7 @@ def _log_likelihood(loadings, covariance, variance, spread):
     return -0.5 * (size * math.log(2 * math.pi) + log_det + trace)
 
 
+@jax.jit
 def _posterior(loadings, variance):
     """W = (F^T F + sigma^2 I)^-1 F^T [Z, X], and the posterior covariance sigma^2 (F^T F + sigma^2 I)^-1 [Z, Z].
 

@@ -28,13 +28,20 @@ except ImportError:  # scikit-learn 1.5 has it as a method
         return estimator._validate_data(X, **checks)
 
 
-from spread_jax.linear import ica, pca
-from spread_jax.linear._moments import host_moments
+from spread_jax.linear import _closed_form, ica, pca
+from spread_jax.linear._host import some_columns
+from spread_jax.linear._order import stable_order
+from spread_jax.linear._spread_law import SpreadLaw
+from spread_jax.linear._whiten import principal_axes, principal_components, whiten
+from spread_jax.linear.sources import LaplaceSource
 
 __all__ = ["SpreadICA", "SpreadPCA"]
 
 _DTYPES = (np.float64, np.float32)
-_CHUNK = 8192
+# Components whose predicted share in each other reaches this are called impossible to tell apart.
+_UNTOLD = 0.3
+# Training examples that make the law of a source in `score`.
+_LAW_EXAMPLES = 5000
 
 
 class _LinearModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
@@ -82,26 +89,46 @@ class _LinearModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
 
     def _check_parameters(self):
         name = type(self).__name__
-        _check_integer(name, "n_components", self.n_components, optional=True)
+        if not _is_share(self.n_components):
+            _check_integer(name, "n_components", self.n_components, optional=True, more=", a float in (0, 1)")
         _check_integer(name, "max_iter", self.max_iter, optional=True)
-        if self.noise_scale != "auto":
+        if not _is_auto(self.noise_scale):
             _check_positive(name, "noise_scale", self.noise_scale, "'auto' or ")
         if self.tol is not None:
             _check_positive(name, "tol", self.tol, "None or ")
 
-    def _count_components(self, rank, shape, *, overcomplete=False):
+    def _count_components(self, axes, X, *, overcomplete=False):
         """n_components, the rank of the data if None; more than that is refused unless the model is overcomplete."""
+        rank = axes.rank
         if rank == 0:
-            raise ValueError(f"X has no variance: its {shape[1]} feature(s) are constant over {shape[0]} samples.")
+            raise ValueError(f"X has no variance: its {X.shape[1]} feature(s) are constant over {X.shape[0]} samples.")
         if self.n_components is None:
+            if rank < X.shape[1]:
+                warnings.warn(self._rank_message(axes, X), UserWarning, stacklevel=3)
             return rank
+        if _is_share(self.n_components):
+            variances = np.square(principal_components(axes, rank)[2])
+            return int(np.searchsorted(np.cumsum(variances) / variances.sum(), self.n_components) + 1)
         if self.n_components > rank and not overcomplete:
             raise ValueError(
                 f"n_components={self.n_components} must be between 1 and the rank of X, which is {rank} for "
-                f"n_samples={shape[0]}, n_features={shape[1]}: constant or linearly dependent features and few samples "
-                "lower it. Use n_components=None to take all of it."
+                f"n_samples={X.shape[0]}, n_features={X.shape[1]}: constant or linearly dependent features and few "
+                "samples lower it. Use n_components=None to take all of it."
             )
-        return self.n_components
+        return int(self.n_components)
+
+    def _rank_message(self, axes, X):
+        count, size = X.shape
+        text = f"{type(self).__name__} keeps {axes.rank} components of {size} features: X has no more dimensions."
+        if count <= size:
+            return f"{text} It has only {count} samples."
+        names = getattr(self, "feature_names_in_", range(size))
+        constant, dependent = ([str(names[j]) for j in found] for found in axes.redundant())
+        for what, found in (("constant", constant), ("linearly dependent on features before them", dependent)):
+            if found:
+                more = ", ..." if len(found) > 10 else ""
+                text += f" Features {', '.join(found[:10])}{more} are {what}."
+        return f"{text} Give n_components={axes.rank} to keep them without this warning."
 
     def _warn_unless(self, converged):
         if not converged:
@@ -112,6 +139,10 @@ class _LinearModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
                 stacklevel=3,
             )
 
+    def score(self, X, y=None):
+        """Mean of `score_samples`, in nats: comparable between models of the same `noise_scale` only."""
+        return float(self.score_samples(X).mean())
+
 
 class SpreadICA(_LinearModel):
     r"""Independent component analysis by the spread likelihood, x = A z + m with independent sources z.
@@ -119,24 +150,35 @@ class SpreadICA(_LinearModel):
     The model has no noise and, with fewer sources than features, no likelihood; with noise added to data and model
     it has one. Sources have unit variance; the scale of the data is in `mixing_`.
 
-    The data are whitened in their own precision, so that offsets, scales and nearly dependent features cost no
-    digits, and the rotation is found in float32.
+    The data are whitened in their own precision, so that units, offsets and nearly dependent features cost no digits,
+    and the rotation is found in float32.
 
     Args:
-      n_components: number of sources; the rank of the data if None. More than the rank needs method "gibbs", and
-        `transform` is then the least-norm solution.
+      n_components: number of sources; the rank of the data if None, the fewest principal components that explain that
+        share of the variance if a float. With fewer than the rank, the data are first projected onto their principal
+        components, in the units of X. More than the rank needs method "gibbs", and `transform` is then the least-norm
+        solution.
       method: as in `spread_jax.linear.ica.fit`, for the whitened data; "auto" is its closed form.
       source: law of the sources, as in `spread_jax.linear.ica.fit`; "auto" assumes none.
       noise_scale: standard deviation of the spread noise, in whitened coordinates (of unit variance), or "auto".
+      whiten: False if X is white already, with mean zero and covariance I: nothing is subtracted or scaled.
       max_iter: iterations at most; the method's default if None.
-      tol: tolerance of convergence; the method's default if None.
+      tol: tolerance of convergence, in standard errors; the method's default if None.
+      w_init: where the closed form starts, [n_components, n_components] in whitened coordinates; random if None.
       n_restarts: random starts, of which the best is kept; with method "gibbs" they vote on the columns.
       random_state: None, an int or a RandomState: where the random starts come from.
 
     Attributes:
-      mixing_: A, [n_features, n_components].
+      mixing_: A, [n_features, n_components]. Components come in the order of the variance that they explain, the
+        squared length of their column; those within a twentieth of each other in a fixed order that rounding does not
+        change. The first entry of a column within a twentieth of its largest is positive.
       components_: unmixing, [n_components, n_features]: z = components_ (x - mean_).
       mean_: [n_features].
+      whitening_: [n_components, n_features], before the rotation: components_ = rotation whitening_. Not for "gibbs".
+      leakage_: [n_components, n_components], how much of source j is predicted to be in component i: standard
+        deviation, of sources with unit variance; 1 for two components that cannot be told apart. Closed form only.
+      column_errors_: [n_components], the predicted error of the columns of `mixing_`, relative to their length. Closed
+        form only.
       noise_scale_: spread noise used, in whitened coordinates.
       n_iter_: iterations taken.
       n_features_in_: number of features seen in fit.
@@ -148,9 +190,9 @@ class SpreadICA(_LinearModel):
       >>> import numpy as np
       >>> from spread_jax.linear import mixing_error
       >>> rng = np.random.default_rng(0)
-      >>> mixing = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -1.0]])
+      >>> mixing = np.array([[1.0, 1.0], [1.0, -1.0], [-1.0, -2.0]])
       >>> X = rng.laplace(scale=0.5**0.5, size=(4000, 2)) @ mixing.T
-      >>> model = SpreadICA(random_state=0).fit(X)
+      >>> model = SpreadICA(2, random_state=0).fit(X)
       >>> bool(mixing_error(model.mixing_, mixing) < 0.1), model.transform(X).shape
       (True, (4000, 2))
     """
@@ -162,8 +204,10 @@ class SpreadICA(_LinearModel):
         method="auto",
         source="auto",
         noise_scale="auto",
+        whiten=True,
         max_iter=None,
         tol=None,
+        w_init=None,
         n_restarts=1,
         random_state=None,
     ):
@@ -171,8 +215,10 @@ class SpreadICA(_LinearModel):
         self.method = method
         self.source = source
         self.noise_scale = noise_scale
+        self.whiten = whiten
         self.max_iter = max_iter
         self.tol = tol
+        self.w_init = w_init
         self.n_restarts = n_restarts
         self.random_state = random_state
 
@@ -192,38 +238,112 @@ class SpreadICA(_LinearModel):
         self._check_parameters()
         _check_integer("SpreadICA", "n_restarts", self.n_restarts)
         X = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2, ensure_min_features=2)
-        mean, axes, deviations = _principal_axes(X)
-        num_sources = self._count_components(len(deviations), X.shape, overcomplete=self.method == "gibbs")
-        axes, deviations = axes[:, :num_sources], deviations[:num_sources]
         # Float32 from here on, also for float64 data: an error of 1e-6 in a rotation is far below the statistical
         # error, 1 / sqrt(n_samples), and it halves time and memory. Whitened data lose nothing by it.
-        white = np.empty((len(X), len(deviations)), np.float32)
-        for start in range(0, len(X), _CHUNK):
-            white[start : start + _CHUNK] = (X[start : start + _CHUNK] - mean) @ (axes / deviations)
-        result = ica.fit(
-            white,
-            num_sources,
-            method=self.method,
-            source=self.source,
-            noise_scale=None if self.noise_scale == "auto" else self.noise_scale,
-            max_iterations=self.max_iter,
-            tolerance=self.tol,
-            num_restarts=self.n_restarts,
-            key=_key(self.random_state),
-        )
-        rotation, inverse = np.asarray(result.mixing, X.dtype), np.asarray(result.unmixing, X.dtype)
+        if self.whiten:
+            axes = principal_axes(X)
+            mean, size = axes.mean, self._count_components(axes, X, overcomplete=self.method == "gibbs")
+            v, from_white, to_white, _ = whiten(X, axes, min(size, axes.rank), dtype=np.float32)
+        else:
+            mean, size = np.zeros(X.shape[1]), X.shape[1]
+            if self.n_components not in (None, size):
+                raise ValueError(f"n_components must be None or {size}, the features of X, with whiten=False.")
+            v, from_white, to_white = np.ascontiguousarray(X.T, np.float32), np.eye(size), np.eye(size)
+        noise_scale = None if _is_auto(self.noise_scale) else self.noise_scale
+        if self.method in ("auto", "closed_form") and size == len(v):
+            source = ica.source_of(self.source)
+            found = _closed_form.fit(
+                v,
+                self._starts(size),
+                LaplaceSource() if source is None and noise_scale is not None else source,
+                noise_scale,
+                None,
+                likelihood=source is not None,
+                max_iterations=self.max_iter or 200,
+                tolerance=self.tol or 0.1,
+            )
+            rotation, leakage = found["rotation"], found["leakage"]
+            self.noise_scale_, num_iterations = found["noise_scale"], found["num_iterations"]
+            converged, inverse = found["residual"] <= (self.tol or 0.1), rotation
+            rotation = np.linalg.inv(rotation) if np.isfinite(rotation).all() else rotation
+        else:
+            result = ica.fit(
+                v.T,
+                size,
+                method=self.method,
+                source=self.source,
+                noise_scale=noise_scale,
+                max_iterations=self.max_iter,
+                tolerance=self.tol,
+                num_restarts=self.n_restarts,
+                key=_key(self.random_state),
+            )
+            rotation, inverse = np.asarray(result.mixing, np.float64), np.asarray(result.unmixing, np.float64)
+            converged, leakage, num_iterations = result.converged, None, result.num_iterations
+            self.noise_scale_ = np.asarray(result.noise_scale)[()]
         if not (np.isfinite(rotation).all() and np.isfinite(inverse).all()):
             raise ValueError(
-                f"SpreadICA found no finite mixing of {num_sources} sources with n_samples={X.shape[0]}. Lower "
-                "n_components."
+                f"SpreadICA found no finite mixing of {size} sources with n_samples={X.shape[0]}. Lower n_components."
             )
-        self.mean_ = mean
-        self.mixing_ = (axes * deviations) @ rotation
-        self.components_ = inverse @ (axes / deviations).T
-        self.noise_scale_ = np.asarray(result.noise_scale)[()]
-        self.n_iter_ = max(int(result.num_iterations), 1)
-        self._warn_unless(result.converged)
+        mixing = from_white @ rotation
+        order, signs = stable_order(mixing)
+        self.mean_ = mean.astype(X.dtype)
+        self.mixing_ = (mixing * signs)[:, order].astype(X.dtype)
+        self.components_ = ((inverse * signs[:, None])[order] @ to_white).astype(X.dtype)
+        self.n_iter_ = max(int(num_iterations), 1)
+        if size == len(v):
+            self.whitening_ = to_white.astype(X.dtype)
+        if leakage is not None:
+            self.noise_scale_ = self.noise_scale_[order]
+            self.leakage_ = leakage[order][:, order].astype(X.dtype)
+            squares = np.square(mixing).sum(axis=0)[order]
+            self.column_errors_ = np.sqrt(squares @ np.square(self.leakage_) / squares)
+            self._warn_of_untold()
+        self._warn_unless(converged)
+        self._law = None
+        if size <= len(v):
+            u = ((inverse * signs[:, None])[order]).astype(v.dtype) @ some_columns(v, _LAW_EXAMPLES)
+            self._law = SpreadLaw.of(u, self.mixing_.astype(float), np.sqrt(np.square(from_white).sum() / X.shape[1]))
         return self
+
+    def score_samples(self, X):
+        """Expected log-density of each sample under the spread model, over its noise: E log p~(x + noise).
+
+        The noise is Gaussian: 0.1 standard deviations of each source along the columns of A, and 0.1 root-mean-square
+        standard deviations of a feature at right angles to them. The law of a source is that of the training data.
+
+        Args:
+          X: [n_samples, n_features].
+
+        Returns:
+          [n_samples], nats.
+        """
+        check_is_fitted(self)
+        if self._law is None:
+            raise ValueError("score needs n_components to be at most the rank of the data it was fitted to.")
+        X = validate_data(self, X, dtype=_DTYPES, reset=False)
+        u = (X - self.mean_) @ self.components_.T
+        return self._law.log_density(u, X - self.mean_ - u @ self.mixing_.T)
+
+    def _starts(self, size):
+        """Orthogonal matrices to start from, [restarts, Z, Z]."""
+        if self.w_init is None:
+            starts = check_random_state(self.random_state).normal(size=(self.n_restarts, size, size))
+        else:
+            starts = check_array(self.w_init, dtype=np.float64)[None]
+            if starts.shape[1:] != (size, size):
+                raise ValueError(f"w_init must have shape ({size}, {size}), got {starts.shape[1:]}.")
+        return _closed_form.polar(starts)
+
+    def _warn_of_untold(self):
+        untold = np.flatnonzero((self.leakage_ > _UNTOLD).any(axis=1))
+        if len(untold):
+            warnings.warn(
+                f"SpreadICA cannot tell components {', '.join(map(str, untold))} apart: they look Gaussian, or the "
+                f"samples are too few. They span the right subspace; leakage_ says how sure the others are.",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
 
     @property
     def _unmixing(self):
@@ -237,7 +357,7 @@ class SpreadPCA(_LinearModel):
     subtracts the noise from them. Latents have unit variance, so `transform` whitens.
 
     Args:
-      n_components: Z; the rank of the data if None.
+      n_components: Z; the rank of the data if None, the fewest that explain that share of the variance if a float.
       noise_scale: sigma, standard deviation of the spread noise, in units of X; "auto" is the root of the mean
         variance of a feature. The closed form does not depend on it; `score` does, and the pace of EM.
       method: "closed_form" or "em".
@@ -303,16 +423,16 @@ class SpreadPCA(_LinearModel):
                 f"{self.method!r} instead."
             )
         X = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2)
-        mean, axes, deviations = _principal_axes(X)
-        num_components = self._count_components(len(deviations), X.shape)
-        if self.noise_scale == "auto":
+        axes = principal_axes(X)
+        num_components = self._count_components(axes, X)
+        loadings, _, deviations = principal_components(axes, axes.rank)
+        if _is_auto(self.noise_scale):
             noise_scale = math.sqrt(np.square(deviations).sum() / X.shape[1])
         else:
             noise_scale = float(self.noise_scale)
         converged, num_iterations = True, 1
-        if self.method == "closed_form":
-            axes, deviations = axes[:, :num_components], deviations[:num_components]
-        else:
+        loadings = loadings[:, :num_components]
+        if self.method == "em":
             # The model has the precision of the data: double needs x64, for this call only.
             with jax.enable_x64(X.dtype == np.float64):
                 result = pca.fit(
@@ -326,11 +446,11 @@ class SpreadPCA(_LinearModel):
                 )
                 converged, num_iterations = bool(result.converged), int(result.num_iterations)
                 loadings = np.array(result.loadings)
-            deviations = np.linalg.norm(loadings, axis=0)
-            axes = loadings / np.where(deviations > 0, deviations, 1)
-        self.mean_ = mean
-        self.components_ = axes.T
-        self.mixing_ = axes * deviations
+        loadings = loadings.astype(X.dtype, copy=False)
+        deviations = np.linalg.norm(loadings, axis=0)
+        self.mean_ = axes.mean.astype(X.dtype)
+        self.components_ = (loadings / np.where(deviations > 0, deviations, 1)).T
+        self.mixing_ = loadings
         self.explained_variance_ = np.square(deviations)
         self.noise_scale_ = noise_scale
         self.n_iter_ = num_iterations
@@ -357,36 +477,10 @@ class SpreadPCA(_LinearModel):
         log_det = np.log(variance + noise).sum() + (X.shape[1] - len(variance)) * math.log(noise)
         return -0.5 * (X.shape[1] * math.log(2 * math.pi) + log_det + square)
 
-    def score(self, X, y=None):
-        """Mean of `score_samples`, in nats: comparable between models of the same `noise_scale` only."""
-        return float(self.score_samples(X).mean())
-
     @property
     def _unmixing(self):
         deviations = np.sqrt(self.explained_variance_)
         return self.components_ / np.where(deviations > 0, deviations, 1)[:, None]
-
-
-def _principal_axes(X):
-    """Mean [n_features], axes [n_features, rank] and standard deviations [rank] along them, largest first."""
-    eps = np.finfo(X.dtype).eps
-    if X.shape[0] < X.shape[1]:
-        mean = X.mean(axis=0)
-        _, lengths, axes = np.linalg.svd(X - mean, full_matrices=False)
-        deviations, axes = lengths / math.sqrt(len(X)), axes.T
-        floor = max(X.shape) * eps
-    else:
-        mean, covariance = host_moments(X, _CHUNK)
-        variances, axes = np.linalg.eigh(covariance)
-        deviations, axes = np.sqrt(np.maximum(variances[::-1], 0)), axes[:, ::-1]
-        # Squares keep half the digits of double precision.
-        floor = max(math.sqrt(X.shape[1] * np.finfo(np.float64).eps), 4 * eps)
-    # A constant or a dependent feature far from zero has the variance of its rounding.
-    floor = max(floor * deviations[0], 4 * eps * np.abs(mean).max())
-    rank = int((deviations > floor).sum())
-    axes = axes[:, :rank]
-    signs = np.where(axes[np.abs(axes).argmax(axis=0), np.arange(rank)] < 0, -1, 1)
-    return tuple(part.astype(X.dtype, copy=False) for part in (mean, axes * signs, deviations[:rank]))
 
 
 def _key(random_state):
@@ -394,12 +488,21 @@ def _key(random_state):
     return jax.random.key(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
-def _check_integer(estimator, name, value, *, optional=False):
+def _is_auto(value):
+    return isinstance(value, str) and value == "auto"
+
+
+def _is_share(value):
+    """Whether `n_components` is a share of the variance."""
+    return isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral) and 0 < value < 1
+
+
+def _check_integer(estimator, name, value, *, optional=False, more=""):
     if optional and value is None:
         return
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
         raise ValueError(
-            f"The {name!r} parameter of {estimator} must be an int in the range [1, inf)"
+            f"The {name!r} parameter of {estimator} must be an int in the range [1, inf){more}"
             f"{' or None' if optional else ''}. Got {value!r} instead."
         )
 

@@ -298,7 +298,7 @@ class CustomSource(_Source):
         return self.log_density(z)
 
 
-_NAMED = {
+NAMED = {
     "laplace": LaplaceSource,
     "logistic": LogisticSource,
     "student_t": StudentTSource,
@@ -325,9 +325,9 @@ def as_source(source: str | Source | Callable[[jax.Array], jax.Array]) -> Source
       LaplaceSource()
     """
     if isinstance(source, str):
-        if source not in _NAMED:
-            raise ValueError(f"source must be one of {', '.join(map(repr, _NAMED))}, got {source!r}.")
-        return _NAMED[source]()
+        if source not in NAMED:
+            raise ValueError(f"source must be one of {', '.join(map(repr, NAMED))}, got {source!r}.")
+        return NAMED[source]()
     if isinstance(source, Source):
         return source
     if callable(source):

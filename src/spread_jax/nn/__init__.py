@@ -1,14 +1,18 @@
-"""Flax Linen networks: encoders, generators, discriminators, invertible maps, a flow, fast convolutions."""
+"""Flax Linen networks: encoders, generators, critics, a denoiser, invertible maps, a flow, fast convolutions."""
 
+from spread_jax.nn.conditional import Denoiser, ScaleCritic
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
 from spread_jax.nn.flows import CouplingFlow
 from spread_jax.nn.images import (
-    Discriminator28,
-    Discriminator64,
-    Encoder28,
-    Encoder64,
-    Generator28,
-    Generator64,
+    Critic,
+    DenseCritic,
+    DenseEncoder,
+    DenseGenerator,
+    Encoder,
+    Generator,
+    image_critic,
+    image_encoder,
+    image_generator,
 )
 from spread_jax.nn.invertible import (
     Inverse,
@@ -25,20 +29,25 @@ __all__ = [
     "Conv",
     "ConvTranspose",
     "CouplingFlow",
-    "Discriminator28",
-    "Discriminator64",
-    "Encoder28",
-    "Encoder64",
-    "Generator28",
-    "Generator64",
+    "Critic",
+    "Denoiser",
+    "DenseCritic",
+    "DenseEncoder",
+    "DenseGenerator",
+    "Encoder",
+    "Generator",
     "Inverse",
     "InvertibleResidual",
+    "ScaleCritic",
     "SpectralConv",
     "check_invertible",
     "conv",
     "conv_transpose",
     "convolution_norm",
     "convolution_norm_bound",
+    "image_critic",
+    "image_encoder",
+    "image_generator",
     "invert",
     "lipschitz_bound",
 ]

@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._checks import check_count, check_positive, check_same_event, check_same_shape, is_concrete
+from spread_jax._checks import check_count, check_positive, is_concrete
 from spread_jax._pairwise import flatten_events
 from spread_jax._pytree import frozen_pytree
 from spread_jax.noise._product import sum_event
+from spread_jax.noise._protocol import CheckedNoise, all_pairs, per_example
+from spread_jax.noise.validity import SpreadCondition
 
 __all__ = ["DiscreteNoise"]
 
 
 @frozen_pytree
-class DiscreteNoise:
+class DiscreteNoise(CheckedNoise):
     r"""Spread noise on labels 0 .. n-1, p(y=i|x=j) = P_ij.
 
     Spreading multiplies a probability vector by P. It is valid if P has positive entries (one support for
@@ -68,40 +70,32 @@ class DiscreteNoise:
         identity = jnp.eye(num_labels)
         return cls((1 - rate) * identity + rate / num_labels)
 
+    @per_example
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
         """Draws labels y ~ p(y|x) of the shape and dtype of x, [batch, *event] integers."""
-        x = self._labels("x", x)
         logits = jnp.log(self.matrix).T[x]
         return jax.random.categorical(key, logits, axis=-1).astype(x.dtype)
 
+    @per_example
     def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """log p(y|x) in nats, [batch], for labels y and x of one shape [batch, *event]."""
-        y, x = self._labels("y", y), self._labels("x", x)
-        check_same_shape("y", y, "x", x)
         return sum_event(_entries(jnp.log(self.matrix), y, x))
 
-    def location(self, x: jax.Array) -> jax.Array:
-        """The noise-free y, which is x."""
-        return x
-
+    @per_example
     def kl(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """KL(p(y|x) || p(y|x2)) in nats, [batch]."""
-        x, x2 = self._labels("x", x), self._labels("x2", x2)
-        check_same_shape("x", x, "x2", x2)
         cross = self._cross_entropies()
         table = cross - jnp.diagonal(cross)[:, None]
         return sum_event(_entries(table, x, x2))
 
+    @per_example
     def expected_log_prob(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """E log p(y|x2) over y ~ p(y|x), in nats, [batch]."""
-        x, x2 = self._labels("x", x), self._labels("x2", x2)
-        check_same_shape("x", x, "x2", x2)
         return -sum_event(_entries(self._cross_entropies(), x, x2))
 
+    @all_pairs
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The sum of p(y|x) p(y|x2) over y, [n, m]: entries of P^T P."""
-        x, x2 = self._labels("x", x), self._labels("x2", x2)
-        check_same_event("x", x, "x2", x2)
         gram = self.matrix.T @ self.matrix
         x, x2 = flatten_events(x), flatten_events(x2)
         return _entries(gram, x[:, None, :], x2[None, :, :]).prod(axis=-1)
@@ -116,7 +110,28 @@ class DiscreteNoise:
             )
         return probabilities @ self.matrix.T
 
-    def _labels(self, name, value):
+    def example_axes(self, x: jax.Array) -> list[int | None]:
+        """None: one matrix serves all examples."""
+        return [None]
+
+    def spread_conditions(self):
+        """The conditions of validity, for `check_valid_spread`."""
+        matrix = np.asarray(self.matrix, np.float64)
+        smallest = matrix.min()
+        if smallest > 0:
+            yield SpreadCondition("support", True, f"every entry is positive, the smallest is {smallest:.3g}")
+        else:
+            row, column = np.unravel_index(matrix.argmin(), matrix.shape)
+            yield SpreadCondition("support", False, f"p(y={row}|x={column}) is zero, so supports can differ")
+        singular = np.linalg.svd(matrix, compute_uv=False)
+        condition_number = singular[0] / max(singular[-1], np.finfo(np.float64).tiny)
+        if singular[-1] > singular[0] * len(matrix) * np.finfo(np.float32).eps:
+            reason = f"the matrix is invertible, condition number {condition_number:.3g}"
+            yield SpreadCondition("injective", True, reason)
+        else:
+            yield SpreadCondition("injective", False, "the matrix is singular, so different p spread to the same p~")
+
+    def _array(self, name, value):
         array = jnp.asarray(value)
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} must have an integer dtype (labels 0 .. n-1), got {array.dtype}.")
@@ -133,10 +148,10 @@ class DiscreteNoise:
     def _cross_entropies(self):
         """-sum_i P_ij log P_ik for each pair (j, k); 0 log 0 = 0."""
         used = self.matrix > 0
-        logs = jnp.log(self.matrix)
+        logs = jnp.where(used, jnp.log(jnp.where(used, self.matrix, 1)), -jnp.inf)
         own = jnp.where(used, self.matrix, 0)
-        # Where P_ij = 0 the term is 0, even against log P_ik = -inf.
-        terms = jnp.where(used[:, :, None], own[:, :, None] * logs[:, None, :], 0)
+        # Where P_ij = 0 the term and its gradient are 0, even against log P_ik = -inf.
+        terms = own[:, :, None] * jnp.where(used[:, :, None], logs[:, None, :], 0)
         return -terms.sum(axis=0)
 
 

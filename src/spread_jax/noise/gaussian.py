@@ -7,17 +7,36 @@ import math
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_positive, check_same_event
+from spread_jax._checks import check_positive
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
-from spread_jax._random import normal
-from spread_jax.noise._product import ClosedProductNoise, positive_log
+from spread_jax._threefry import normal
+from spread_jax.noise._product import ClosedProductNoise, fit_event, in_batch, positive_log
+from spread_jax.noise._protocol import all_pairs
 
 __all__ = ["GaussianNoise"]
 
 
+class GaussianShifts:
+    """What all Gaussian noises know of two shifts: functions of their KL, half of a squared Mahalanobis distance."""
+
+    def squared_hellinger(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The squared Hellinger distance of p(y|x) and p(y|x2), [batch]."""
+        return -jnp.expm1(-0.25 * self.kl(x, x2))
+
+    def chi_squared(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The chi-squared divergence of p(y|x) from p(y|x2), [batch]."""
+        return jnp.expm1(2 * self.kl(x, x2))
+
+    def total_variation(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The total variation of p(y|x) and p(y|x2), [batch]."""
+        square = 0.25 * self.kl(x, x2)
+        apart = square != 0  # the root of zero has no derivative; NaN stays NaN
+        return jnp.where(apart, jax.lax.erf(jnp.sqrt(jnp.where(apart, square, 1))), 0)
+
+
 @frozen_pytree
-class GaussianNoise(ClosedProductNoise):
+class GaussianNoise(GaussianShifts, ClosedProductNoise):
     r"""Gaussian spread noise, p(y|x) = N(y; x, sigma^2 I).
 
     Its Fourier transform exp(-sigma^2 |omega|^2 / 2) is positive everywhere, so spreading with it keeps two
@@ -25,9 +44,10 @@ class GaussianNoise(ClosedProductNoise):
     N(x; x2, 2 sigma^2 I).
 
     Args:
-      scale: sigma > 0, the standard deviation, in units of x: a number, or an array that broadcasts against
-        one event (a scale for each dimension). It is a pytree leaf, to be annealed, vmapped or trained. A
-        concrete scale is checked here; a traced one cannot be, and a scale <= 0 makes `log_prob` NaN at once.
+      scale: sigma > 0, the standard deviation, in units of x: a number, an array that broadcasts against
+        one event (a scale for each dimension), or one for each example, [batch, 1, ...]. It is a pytree leaf, to be
+        annealed, vmapped or trained. A concrete scale is checked here; a traced one cannot be, and a scale <= 0
+        makes `log_prob` NaN at once.
 
     Raises:
       ValueError: if a concrete `scale` is not positive and finite.
@@ -45,10 +65,16 @@ class GaussianNoise(ClosedProductNoise):
     scale: float | jax.Array
 
     _standard_entropy = 0.5 * math.log(2 * math.pi) + 0.5
+    _transform_is_positive = "exp(-sigma^2 |omega|^2 / 2) is positive everywhere"
 
     def __post_init__(self):
         check_positive("scale", self.scale)
 
+    def covariance(self, x: jax.Array) -> jax.Array:
+        """The covariance of p(y|x), [X, X], for events [X]."""
+        return jnp.diag(jnp.square(jnp.broadcast_to(fit_event("scale", self.scale, x), x.shape[1:])))
+
+    @all_pairs
     def pairwise_log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
         """log p(y_i|x_j) for all pairs, in nats, by matrix products that keep the digits of near pairs.
 
@@ -64,9 +90,7 @@ class GaussianNoise(ClosedProductNoise):
 
     def _pairwise_log_prob(self, y, x, *, negligible):
         """As `pairwise_log_prob`, with the squared length in scales whose rounding does not matter."""
-        y, x = check_batch("y", y), check_batch("x", x)
-        check_same_event("y", y, "x", x)
-        scale = self._scale_like(x)
+        scale = fit_event("scale", self.scale, x)
         size = math.prod(x.shape[1:])
         if scale.size == 1:
             square = jnp.square(scale.reshape(()))
@@ -77,6 +101,7 @@ class GaussianNoise(ClosedProductNoise):
             return constant - 0.5 * squared_distances(u, v, negligible=negligible)
         return -0.5 * distances - log_scales - 0.5 * size * math.log(2 * math.pi)
 
+    @all_pairs
     def standardise(self, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Coordinates, centred on x, in which this is a unit Gaussian: log p(y_i|x_j) = c - |u_i - v_j|^2 / 2.
 
@@ -87,30 +112,18 @@ class GaussianNoise(ClosedProductNoise):
         Returns:
           u [m, X], v [n, X] and c, a scalar in nats.
         """
-        y, x = check_batch("y", y), check_batch("x", x)
-        check_same_event("y", y, "x", x)
-        scale = self._scale_like(x)
-        centre = jax.lax.stop_gradient(x.mean(axis=0))
+        scale = fit_event("scale", self.scale, x)
+        centre = jax.lax.stop_gradient(x.mean(axis=0, keepdims=True))
         log_scales = jnp.broadcast_to(positive_log(scale), x.shape[1:]).sum()
         constant = -log_scales - 0.5 * math.prod(x.shape[1:]) * math.log(2 * math.pi)
+        scale = in_batch(scale, x)
         return flatten_events((y - centre) / scale), flatten_events((x - centre) / scale), constant
 
-    def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
-        """The integral of p(y|x) p(y|x2) over y, N(x; x2, 2 sigma^2 I).
-
-        The squared L2 distance of two spread distributions is the squared MMD with this kernel.
-
-        Args:
-          x: [n, *event].
-          x2: [m, *event].
-
-        Returns:
-          [n, m].
-        """
-        x, x2 = check_batch("x", x), check_batch("x2", x2)
-        check_same_event("x", x, "x2", x2)
-        # A kernel is a number and no logarithm of one: its relative error is a few eps.
-        return jnp.exp(GaussianNoise(self.scale * math.sqrt(2.0))._pairwise_log_prob(x, x2, negligible=8))
+    @all_pairs
+    def log_mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """log N(x; x2, 2 sigma^2 I), [n, m]: the logarithm of `mmd_kernel`, which can be held in any dimensions."""
+        # The logarithm of a kernel: the relative error of the kernel itself is a few eps.
+        return GaussianNoise(self.scale * math.sqrt(2.0))._pairwise_log_prob(x, x2, negligible=8)
 
     def _standard_sample(self, key, x):
         return normal(key, x.shape, x.dtype)

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from spread_jax._checks import check_positive
 from spread_jax._pytree import frozen_pytree
-from spread_jax._random import laplace
-from spread_jax.noise._product import ClosedProductNoise
+from spread_jax._threefry import laplace
+from spread_jax.noise._product import ClosedProductNoise, log1p_excess, sum_event
+from spread_jax.noise._protocol import per_example
 
 __all__ = ["LaplaceNoise"]
 
@@ -24,9 +25,9 @@ class LaplaceNoise(ClosedProductNoise):
     dimensions the first adds and the second multiplies.
 
     Args:
-      scale: b > 0, in units of x (the standard deviation is sqrt(2) b): a number, or an array that broadcasts
-        against one event. A pytree leaf. A concrete scale is checked here; a traced one cannot be, and a
-        scale <= 0 makes `log_prob` NaN at once.
+      scale: b > 0, in units of x (the standard deviation is sqrt(2) b): a number, an array that broadcasts
+        against one event, or one for each example, [batch, 1, ...]. A pytree leaf. A concrete scale is checked
+        here; a traced one cannot be, and a scale <= 0 makes `log_prob` NaN at once.
 
     Raises:
       ValueError: if a concrete `scale` is not positive and finite.
@@ -43,9 +44,27 @@ class LaplaceNoise(ClosedProductNoise):
     scale: float | jax.Array
 
     _standard_entropy = 1.0 + math.log(2.0)
+    _transform_is_positive = "prod 1 / (1 + b^2 omega^2) is positive everywhere"
 
     def __post_init__(self):
         check_positive("scale", self.scale)
+
+    @per_example
+    def squared_hellinger(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The squared Hellinger distance of p(y|x) and p(y|x2), [batch]."""
+        return -jnp.expm1(sum_event(log1p_excess(0.5 * self._distance(x, x2))))
+
+    @per_example
+    def chi_squared(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The chi-squared divergence of p(y|x) from p(y|x2), [batch]."""
+        t = self._distance(x, x2)
+        # (2 e^t + e^-2t) / 3 = e^t (1 - (1 - e^-3t) / 3)
+        return jnp.expm1(sum_event(t + jnp.log1p(jnp.expm1(-3 * t) / 3)))
+
+    @per_example
+    def total_variation(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The total variation of p(y|x) and p(y|x2), [batch], for events of one number."""
+        return -jnp.expm1(-0.5 * self._distance_in_one_dimension(x, x2))
 
     def _standard_sample(self, key, x):
         return laplace(key, x.shape, x.dtype)

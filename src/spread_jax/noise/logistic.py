@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from spread_jax._checks import check_positive
 from spread_jax._pytree import frozen_pytree
-from spread_jax.noise._product import ClosedProductNoise, coth_excess
+from spread_jax.noise._product import ClosedProductNoise, coth_excess, log_sinhc, sum_event
+from spread_jax.noise._protocol import per_example
 
 __all__ = ["LogisticNoise"]
 
@@ -23,9 +24,9 @@ class LogisticNoise(ClosedProductNoise):
     dimension, the KL of two shifts is 2 (a coth a - 1) and `mmd_kernel` is (a coth a - 1) / (2 s sinh^2 a).
 
     Args:
-      scale: s > 0, in units of x (the standard deviation is pi s / sqrt(3)): a number, or an array that
-        broadcasts against one event. A pytree leaf. A concrete scale is checked here; a traced one cannot be,
-        and a scale <= 0 makes `log_prob` NaN at once.
+      scale: s > 0, in units of x (the standard deviation is pi s / sqrt(3)): a number, an array that
+        broadcasts against one event, or one for each example, [batch, 1, ...]. A pytree leaf. A concrete scale is
+        checked here; a traced one cannot be, and a scale <= 0 makes `log_prob` NaN at once.
 
     Raises:
       ValueError: if a concrete `scale` is not positive and finite.
@@ -39,9 +40,20 @@ class LogisticNoise(ClosedProductNoise):
     scale: float | jax.Array
 
     _standard_entropy = 2.0
+    _transform_is_positive = "prod pi s omega / sinh(pi s omega) is positive everywhere"
 
     def __post_init__(self):
         check_positive("scale", self.scale)
+
+    @per_example
+    def squared_hellinger(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The squared Hellinger distance of p(y|x) and p(y|x2), [batch]."""
+        return -jnp.expm1(-sum_event(log_sinhc(0.5 * self._distance(x, x2))))
+
+    @per_example
+    def total_variation(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The total variation of p(y|x) and p(y|x2), [batch], for events of one number."""
+        return jnp.tanh(0.25 * self._distance_in_one_dimension(x, x2))
 
     def _standard_sample(self, key, x):
         return jax.random.logistic(key, x.shape, x.dtype)
@@ -51,9 +63,7 @@ class LogisticNoise(ClosedProductNoise):
         return -t - 2 * jnp.log1p(jnp.exp(-t))
 
     def _standard_transform(self, omega):
-        t = jnp.abs(math.pi * omega)
-        far = jnp.where(t > 0, t, 1)
-        return jnp.where(t > 0, 2 * far * jnp.exp(-far) / -jnp.expm1(-2 * far), 1)
+        return jnp.exp(-log_sinhc(math.pi * omega))
 
     def _standard_kl(self, u):
         return 2 * coth_excess(0.5 * u)

@@ -8,17 +8,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._checks import check_batch, check_positive, check_same_event, check_same_shape, is_concrete
+from spread_jax._checks import at_least_float32, check_positive, is_concrete
 from spread_jax._pairwise import flatten_events, squared_distances
 from spread_jax._pytree import frozen_pytree
-from spread_jax._random import normal
-from spread_jax.noise._product import fit_event, positive_log
+from spread_jax._threefry import normal
+from spread_jax.noise._product import fit_batch, fit_event, positive_log
+from spread_jax.noise._protocol import CheckedNoise, all_pairs, per_example
+from spread_jax.noise.gaussian import GaussianShifts
+from spread_jax.noise.validity import positive_everywhere
 
 __all__ = ["LowRankGaussianNoise"]
 
 
 @frozen_pytree
-class LowRankGaussianNoise:
+class LowRankGaussianNoise(GaussianShifts, CheckedNoise):
     r"""Gaussian spread noise with learned directions, p(y|x) = N(y; x, S + L L^T), S = diag(sigma^2).
 
     L has R columns, R much smaller than the X dimensions of an event. No X x X matrix is ever formed:
@@ -31,7 +34,8 @@ class LowRankGaussianNoise:
     not.
 
     Args:
-      scale: sigma > 0, a number or an array that broadcasts against one event.
+      scale: sigma > 0, a number, an array that broadcasts against one event, or one number for each example,
+        [batch, 1, ...].
       factor: L, of shape [*event, R].
         Both are pytree leaves. To learn L by maximising a divergence it must be constrained: see
         `with_volume` and `with_entropy`.
@@ -66,6 +70,7 @@ class LowRankGaussianNoise:
         if is_concrete(self.factor) and not np.isfinite(np.asarray(self.factor)).all():
             raise ValueError("factor must be finite, got NaN or infinity.")
 
+    @per_example
     def sample(self, x: jax.Array, *, key: jax.Array) -> jax.Array:
         """Draws y = x + sigma epsilon + L eta, with epsilon ~ N(0, I_X) and eta ~ N(0, I_R).
 
@@ -76,15 +81,15 @@ class LowRankGaussianNoise:
         Returns:
           y with the shape and dtype of x.
         """
-        x = check_batch("x", x)
         scale, factor = self._parts_like(x)
         wide_key, low_key = jax.random.split(key)
         low = normal(low_key, (x.shape[0], factor.shape[1]), x.dtype)
         wide = scale * normal(wide_key, x.shape, x.dtype)
         return x + wide + (low @ factor.T).reshape(x.shape)
 
+    @per_example
     def log_prob(self, y: jax.Array, x: jax.Array) -> jax.Array:
-        """log N(y; x, S + L L^T) in nats.
+        """log N(y; x, S + L L^T) in nats, in float32 at least, as are the other results.
 
         Args:
           y: [batch, *event].
@@ -93,8 +98,6 @@ class LowRankGaussianNoise:
         Returns:
           [batch].
         """
-        y, x = check_batch("y", y), check_batch("x", x)
-        check_same_shape("y", y, "x", x)
         whiten, constant = self._whitening(x)
         return constant - 0.5 * jnp.square(whiten(y - x)).sum(axis=1)
 
@@ -111,6 +114,7 @@ class LowRankGaussianNoise:
         u, v, constant = self.standardise(y, x)
         return constant - 0.5 * squared_distances(u, v)
 
+    @all_pairs
     def standardise(self, y: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Coordinates, centred on x, in which this is a unit Gaussian: log p(y_i|x_j) = c - |u_i - v_j|^2 / 2.
 
@@ -121,26 +125,33 @@ class LowRankGaussianNoise:
         Returns:
           u [m, X + R], v [n, X + R] and c, a scalar in nats.
         """
-        y, x = check_batch("y", y), check_batch("x", x)
-        check_same_event("y", y, "x", x)
+        fit_event("scale", self.scale, x)
         whiten, constant = self._whitening(x)
-        centre = jax.lax.stop_gradient(x.mean(axis=0))
+        centre = jax.lax.stop_gradient(x.mean(axis=0, keepdims=True))
         return whiten(y - centre), whiten(x - centre), constant
 
-    def location(self, x: jax.Array) -> jax.Array:
-        """The noise-free y, which is x."""
-        return x
+    def covariance(self, x: jax.Array) -> jax.Array:
+        """The covariance of p(y|x), S + L L^T, [X, X], for events [X]."""
+        scale, factor = self._parts_like(x, fit_event)
+        return jnp.diag(jnp.square(jnp.broadcast_to(scale, x.shape[1:]))) + factor @ factor.T
 
+    def example_axes(self, x: jax.Array) -> list[int | None]:
+        """Of scale and factor, 0 if it has an entry for each example of x, or None."""
+        return [0 if jnp.ndim(self.scale) == x.ndim else None, None]
+
+    def spread_conditions(self):
+        """The conditions of validity, for `check_valid_spread`."""
+        return positive_everywhere(self, "is a Gaussian, positive everywhere")
+
+    @per_example
     def kl(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """KL(p(y|x) || p(y|x2)) = (x - x2)^T (S + L L^T)^-1 (x - x2) / 2 in nats, [batch]."""
-        x, x2 = check_batch("x", x), check_batch("x2", x2)
-        check_same_shape("x", x, "x2", x2)
         whiten, _ = self._whitening(x)
         return 0.5 * jnp.square(whiten(x - x2)).sum(axis=1)
 
+    @per_example
     def entropy(self, x: jax.Array) -> jax.Array:
         """The entropy of p(y|x) in nats, [batch]; it depends on the shape of x only."""
-        x = check_batch("x", x)
         _, constant = self._whitening(x)
         return jnp.broadcast_to(0.5 * math.prod(x.shape[1:]) - constant, x.shape[:1])
 
@@ -148,6 +159,7 @@ class LowRankGaussianNoise:
         """E log p(y|x2) over y ~ p(y|x), in nats: [batch]."""
         return -self.kl(x, x2) - self.entropy(x)
 
+    @per_example
     def characteristic_function(self, omega: jax.Array) -> jax.Array:
         """The Fourier transform of the kernel, exp(-(|sigma omega|^2 + |L^T omega|^2) / 2).
 
@@ -157,15 +169,18 @@ class LowRankGaussianNoise:
         Returns:
           [batch], real and positive.
         """
-        omega = check_batch("omega", omega)
         scale, factor = self._parts_like(omega)
         wide = jnp.square(flatten_events(scale * omega)).sum(axis=1)
         return jnp.exp(-0.5 * (wide + jnp.square(flatten_events(omega) @ factor).sum(axis=1)))
 
+    @all_pairs
+    def log_mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """log N(x; x2, 2 S + 2 L L^T), [n, m]: the logarithm of `mmd_kernel`, which can be held in any dimensions."""
+        return LowRankGaussianNoise(self.scale * math.sqrt(2.0), self.factor * math.sqrt(2.0)).pairwise_log_prob(x, x2)
+
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The integral of p(y|x) p(y|x2) over y, N(x; x2, 2 S + 2 L L^T): [n, m]."""
-        twice = LowRankGaussianNoise(self.scale * math.sqrt(2.0), self.factor * math.sqrt(2.0))
-        return jnp.exp(twice.pairwise_log_prob(x, x2))
+        return jnp.exp(self.log_mmd_kernel(x, x2))
 
     def log_volume(self) -> jax.Array:
         """log det(L^T L)^(1/2), the logarithm of the R-dimensional volume that L spans."""
@@ -228,7 +243,7 @@ class LowRankGaussianNoise:
           [4.]
         """
         event, dtype = self.factor.shape[:-1], self.factor.dtype
-        scale, factor = self._parts_like(jnp.zeros((1, *event), dtype))
+        scale, factor = self._parts_like(jnp.zeros((1, *event), dtype), fit_event)
         scale = jnp.broadcast_to(scale, event).reshape(-1)
         without = 0.5 * scale.size * math.log(2 * math.pi * math.e) + positive_log(scale).sum()
         excess = 2 * (jnp.asarray(entropy, dtype) - without)
@@ -242,30 +257,52 @@ class LowRankGaussianNoise:
             raise ValueError("factor must not be zero for an entropy to be reached by scaling it.")
         return LowRankGaussianNoise(self.scale, self.factor * jnp.exp(0.5 * _log_gain(w, excess)))
 
-    def _parts_like(self, x):
+    def _parts_like(self, x, fit=fit_batch):
         event = x.shape[1:]
         if self.factor.shape[:-1] != event:
             raise ValueError(
                 f"factor must have shape [*event, R] for events of shape {event}, got {self.factor.shape}."
             )
         factor = jnp.asarray(self.factor, x.dtype)
-        return fit_event("scale", self.scale, x), factor.reshape(-1, factor.shape[-1])
+        return fit("scale", self.scale, x), factor.reshape(-1, factor.shape[-1])
 
     def _whitening(self, x):
         """A linear map whose squared norm is the quadratic form, and the log-density at the location."""
-        scale, factor = self._parts_like(x)
+        of_examples = self.example_axes(x)[0] == 0
+        parts = self._parts_like(x, fit_batch if of_examples else fit_event)
+        scale, factor = (at_least_float32(part) for part in parts)
+        if of_examples:
+            return _whitening_of_examples(scale, factor)
         size = factor.shape[0]
         scale = jnp.broadcast_to(scale, x.shape[1:]).reshape(-1)
         w = factor / scale[:, None]
         cholesky = jnp.linalg.cholesky(jnp.eye(w.shape[1], dtype=w.dtype) + w.T @ w)
 
         def whiten(difference):
-            u = flatten_events(difference) / scale
+            u = flatten_events(difference) / scale[None]
             a = jax.scipy.linalg.cho_solve((cholesky, True), (u @ w).T).T
             return jnp.concatenate([u - a @ w.T, a], axis=1)
 
         log_determinant = positive_log(scale).sum() + jnp.log(jnp.diagonal(cholesky)).sum()
         return whiten, -log_determinant - 0.5 * size * math.log(2 * math.pi)
+
+
+def _whitening_of_examples(scale, factor):
+    """As `LowRankGaussianNoise._whitening`, for one scale for each example: its W is L / sigma, [X, R]."""
+    if math.prod(scale.shape[1:]) != 1:
+        raise ValueError(f"scale must be one number for each example beside a factor, got shape {scale.shape}.")
+    (size, rank), scale = factor.shape, scale.reshape(-1, 1)
+    gram = (factor.T @ factor)[None] / jnp.square(scale)[:, :, None]
+    cholesky = jnp.linalg.cholesky(jnp.eye(rank, dtype=gram.dtype)[None] + gram)
+
+    def whiten(difference):
+        u = flatten_events(difference) / scale
+        solve = jax.vmap(lambda c, b: jax.scipy.linalg.cho_solve((c, True), b))
+        a = solve(cholesky, (u @ factor) / scale)
+        return jnp.concatenate([u - (a @ factor.T) / scale, a], axis=1)
+
+    log_determinant = size * positive_log(scale[:, 0]) + jnp.log(jnp.diagonal(cholesky, axis1=1, axis2=2)).sum(axis=1)
+    return whiten, -log_determinant - 0.5 * size * math.log(2 * math.pi)
 
 
 def _log_gain(w, excess):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from spread_jax._checks import check_positive
 from spread_jax._pytree import frozen_pytree
-from spread_jax.noise._product import ClosedProductNoise, ProductNoise, fit_event, positive_log
+from spread_jax.noise._product import ClosedProductNoise, ProductNoise, fit_batch, positive_log, sum_event
+from spread_jax.noise._protocol import per_example
 
 __all__ = ["CauchyNoise", "StudentTNoise"]
 
@@ -26,8 +27,9 @@ class StudentTNoise(ProductNoise):
     behind `kl` and `mmd_kernel` have no closed form for general v; `CauchyNoise` (v = 1) has both.
 
     Args:
-      scale: s > 0, in units of x: a number, or an array that broadcasts against one event.
-      degrees_of_freedom: v > 0, a number or an array that broadcasts against one event.
+      scale: s > 0, in units of x: a number, an array that broadcasts against one event, or one for each example,
+        [batch, 1, ...].
+      degrees_of_freedom: v > 0, of any of these shapes.
         Both are pytree leaves; samples are differentiable in both. Concrete values are checked here; a traced
         scale <= 0 makes `log_prob` NaN at once.
 
@@ -44,12 +46,14 @@ class StudentTNoise(ProductNoise):
     scale: float | jax.Array
     degrees_of_freedom: float | jax.Array
 
+    _transform_is_positive = "is a mixture of Gaussians, positive everywhere"
+
     def __post_init__(self):
         check_positive("scale", self.scale)
         check_positive("degrees_of_freedom", self.degrees_of_freedom)
 
     def _freedom_like(self, x):
-        return fit_event("degrees_of_freedom", self.degrees_of_freedom, x)
+        return fit_batch("degrees_of_freedom", self.degrees_of_freedom, x)
 
     def _standard_sample(self, key, x):
         return jax.random.t(key, self._freedom_like(x), x.shape, x.dtype)
@@ -68,19 +72,19 @@ class StudentTNoise(ProductNoise):
         half = 0.5 * jnp.broadcast_to(self._freedom_like(omega), omega.shape)
         constant = _log_density_at_mode(half)
         energy = 0.5 * jnp.square(omega)
+        positive = jnp.where(energy > 0, energy, 1)  # where it is zero the result is 1, and nothing may overflow
         digits = 4 - math.log(float(jnp.finfo(omega.dtype).eps))
         # Outside of these ends the integrand is below eps: its width is sqrt(2 digits / h) for large h, its
         # left tail is exp(h s) for small h, or earlier exp(-energy exp(-s)).
         width = digits / half + jnp.sqrt(2 * digits / half)
-        positive = jnp.where(energy > 0, energy, 1)
-        left = jnp.maximum(-width, jnp.where(energy > 0, jnp.log(positive / digits), -width))
+        left = jnp.maximum(-width, jnp.log(positive / digits))
         right = jnp.maximum(jnp.log1p(width), left + 1e-3)
         left, right = jax.lax.stop_gradient((left, right))
         step = (right - left) / (_TRANSFORM_NODES - 1)
 
         def add(total, node):
             s = left + step * node
-            exponent = constant - half * (jnp.expm1(s) - s) - energy * jnp.exp(-s)
+            exponent = constant - half * (jnp.expm1(s) - s) - positive * jnp.exp(-s)
             return total + jnp.exp(exponent), None
 
         nodes = jnp.arange(_TRANSFORM_NODES, dtype=omega.dtype)
@@ -115,8 +119,9 @@ class CauchyNoise(ClosedProductNoise):
     density of scale 2 b at x - x2.
 
     Args:
-      scale: b > 0, in units of x: a number, or an array that broadcasts against one event. A pytree leaf. A
-        concrete scale is checked here; a traced one cannot be, and a scale <= 0 makes `log_prob` NaN at once.
+      scale: b > 0, in units of x: a number, an array that broadcasts against one event, or one for each example,
+        [batch, 1, ...]. A pytree leaf. A concrete scale is checked here; a traced one cannot be, and a scale <= 0
+        makes `log_prob` NaN at once.
 
     Raises:
       ValueError: if a concrete `scale` is not positive and finite.
@@ -130,9 +135,20 @@ class CauchyNoise(ClosedProductNoise):
     scale: float | jax.Array
 
     _standard_entropy = math.log(4 * math.pi)
+    _transform_is_positive = "exp(-b |omega|_1) is positive everywhere"
 
     def __post_init__(self):
         check_positive("scale", self.scale)
+
+    @per_example
+    def chi_squared(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The chi-squared divergence of p(y|x) from p(y|x2), [batch]."""
+        return jnp.expm1(sum_event(jnp.log1p(0.5 * jnp.square(self._distance(x, x2)))))
+
+    @per_example
+    def total_variation(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The total variation of p(y|x) and p(y|x2), [batch], for events of one number."""
+        return 2 / math.pi * jnp.arctan(0.5 * self._distance_in_one_dimension(x, x2))
 
     def _standard_sample(self, key, x):
         return jax.random.cauchy(key, x.shape, x.dtype)

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 
 from spread_jax._checks import check_batch, check_callable
 from spread_jax._pytree import frozen_pytree
-from spread_jax.noise._protocol import SpreadNoise, check_noise
+from spread_jax.noise._protocol import SpreadNoise, check_noise, example_axes
+from spread_jax.noise.validity import SpreadCondition, check_valid_spread
 
 __all__ = ["TransformedNoise"]
+
+
+def _of_base(name):
+    """A method of the base at the locations of its arguments; a property, so that hasattr answers for the base."""
+
+    def method(self):
+        of_base = getattr(self.base, name)
+        return lambda *x: of_base(*(self.location(each) for each in x))
+
+    return property(method, doc=f"`{name}` of the base at f(x), where the base has it.")
 
 
 @frozen_pytree
@@ -20,8 +30,8 @@ class TransformedNoise:
 
     If f is injective and `base` is valid, so is this noise: a learned f decides which differences between the
     data and the model are amplified. Neither the inverse nor the Jacobian of f is ever needed. A method the
-    base has in closed form (`entropy`, `kl`, `expected_log_prob`, `mmd_kernel`, `pairwise_log_prob`) exists here
-    too.
+    base has in closed form (`entropy`, `kl`, `expected_log_prob`, `mmd_kernel`, `pairwise_log_prob` and others)
+    exists here too.
 
     Args:
       base: the noise that is added to f(x).
@@ -71,33 +81,29 @@ class TransformedNoise:
         """log p(y|x) in nats, [batch]."""
         return self.base.log_prob(y, self.location(x))
 
-    # Properties, so that hasattr(noise, name) answers for the base.
-    @property
-    def entropy(self) -> Callable[[jax.Array], jax.Array]:
-        """x -> the entropy of p(y|x) in nats, [batch], where the base has it."""
-        of_base = self.base.entropy
-        return lambda x: of_base(self.location(x))
+    def spread_conditions(self):
+        """The conditions of validity, for `check_valid_spread`: those of the base, and that f is injective."""
+        yield from check_valid_spread(self.base).conditions
+        yield SpreadCondition(
+            "transform", None, "f must be injective, which its code cannot show; make it so by design"
+        )
 
-    @property
-    def expected_log_prob(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """(x, x2) -> E log p(y|x2) over y ~ p(y|x), [batch], where the base has it."""
-        return self._on_locations(self.base.expected_log_prob)
+    def example_axes(self, x: jax.Array) -> list[int | None]:
+        """Of each leaf, 0 if it has an entry for each example of x, or None."""
+        of_base = example_axes(self.base, jax.eval_shape(self.location, x))
+        return of_base + [None] * len(jax.tree_util.tree_leaves(self.transform))
 
-    @property
-    def kl(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """(x, x2) -> KL(p(y|x) || p(y|x2)), [batch], where the base has it."""
-        return self._on_locations(self.base.kl)
-
-    @property
-    def mmd_kernel(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
-        """(x, x2) -> the integral of p(y|x) p(y|x2) over y, [n, m], where the base has it."""
-        return self._on_locations(self.base.mmd_kernel)
+    entropy = _of_base("entropy")
+    kl = _of_base("kl")
+    squared_hellinger = _of_base("squared_hellinger")
+    chi_squared = _of_base("chi_squared")
+    total_variation = _of_base("total_variation")
+    expected_log_prob = _of_base("expected_log_prob")
+    mmd_kernel = _of_base("mmd_kernel")
+    log_mmd_kernel = _of_base("log_mmd_kernel")
 
     @property
     def pairwise_log_prob(self) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """(y, x) -> log p(y_i|x_j), [m, n], where the base has it."""
         of_base = self.base.pairwise_log_prob
         return lambda y, x: of_base(y, self.location(x))
-
-    def _on_locations(self, of_base: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda x, x2: of_base(self.location(x), self.location(x2))

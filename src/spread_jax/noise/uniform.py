@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_positive, check_same_event
+from spread_jax._checks import check_positive
 from spread_jax._pytree import frozen_pytree
-from spread_jax._random import uniform
-from spread_jax.noise._product import ProductNoise, positive_log, sum_event
+from spread_jax._threefry import uniform
+from spread_jax.noise._product import ProductNoise, fit_event, in_batch, positive_log, sum_event
+from spread_jax.noise._protocol import all_pairs, per_example
+from spread_jax.noise.validity import SpreadCondition, scale_condition
 
 __all__ = ["UniformNoise"]
 
@@ -27,8 +28,8 @@ class UniformNoise(ProductNoise):
     distance work.
 
     Args:
-      scale: h > 0, the half width, in units of x: a number, or an array that broadcasts against one event.
-        A pytree leaf; a concrete value is checked here, a traced one is not.
+      scale: h > 0, the half width, in units of x: a number, an array that broadcasts against one event, or
+        one for each example, [batch, 1, ...]. A pytree leaf; a concrete value is checked here, a traced one is not.
 
     Raises:
       ValueError: if a concrete `scale` is not positive and finite.
@@ -56,25 +57,42 @@ class UniformNoise(ProductNoise):
             "spread_l2_squared, which needs no logarithm."
         )
 
+    @all_pairs
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
-        """The integral of p(y|x) p(y|x2) over y: a triangle of width 4 h in each dimension, [n, m]."""
-        x, x2 = check_batch("x", x), check_batch("x2", x2)
-        check_same_event("x", x, "x2", x2)
-        width = 2 * self._scale_like(x)
+        """The integral of p(y|x) p(y|x2) over y: a triangle of width 4 h in each dimension, [n, m].
+
+        In many dimensions it is too large or too small a number to be held.
+        """
+        width = 2 * fit_event("scale", self.scale, x)
+        width = in_batch(jnp.where(width > 0, width, jnp.nan), x)
 
         def one_row(row):
-            overlap = jnp.maximum(1 - jnp.abs(row - x2) / width, 0).reshape(x2.shape[0], -1).prod(axis=1)
-            return overlap * jnp.exp(-jnp.broadcast_to(positive_log(width), x.shape[1:]).sum())
+            overlap = jnp.maximum(1 - jnp.abs(row[None] - x2) / width, 0)
+            # One factor for each dimension, as neither product may fit where both together do.
+            return (overlap / width).reshape(x2.shape[0], -1).prod(axis=1)
 
         return jax.vmap(one_row)(x)
 
+    @per_example
     def entropy(self, x: jax.Array) -> jax.Array:
         """The entropy of p(y|x) in nats, [batch]."""
-        x = check_batch("x", x)
         return sum_event(jnp.broadcast_to(positive_log(2 * self._scale_like(x)), x.shape))
+
+    def spread_conditions(self):
+        """The conditions of validity, for `check_valid_spread`."""
+        yield scale_condition(self)
+        yield SpreadCondition("support", False, "the support is bounded, so p~ and q~ need not share theirs")
+        yield SpreadCondition(
+            "injective", True, "the Fourier transform prod sin(h omega) / (h omega) has isolated zeros only"
+        )
 
     def _standard_sample(self, key, x):
         return uniform(key, x.shape, x.dtype, -1.0, 1.0)
 
     def _standard_transform(self, omega):
-        return jnp.sinc(omega / math.pi)
+        # sin(u) / u, whose derivative cancels near zero.
+        u = jnp.abs(omega)
+        near = u < 0.5
+        s, far = jnp.square(jnp.where(near, u, 0)), jnp.where(near, 1, u)
+        series = 1 - s / 6 * (1 - s / 20 * (1 - s / 42 * (1 - s / 72 * (1 - s / 110 * (1 - s / 156)))))
+        return jnp.where(near, series, jnp.sin(far) / far)

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from spread_jax.noise.discrete import DiscreteNoise
-from spread_jax.noise.gaussian import GaussianNoise
-from spread_jax.noise.laplace import LaplaceNoise
-from spread_jax.noise.logistic import LogisticNoise
-from spread_jax.noise.low_rank import LowRankGaussianNoise
-from spread_jax.noise.student_t import CauchyNoise, StudentTNoise
-from spread_jax.noise.transformed import TransformedNoise
-from spread_jax.noise.uniform import UniformNoise
-
-__all__ = ["SpreadCondition", "SpreadValidity", "check_valid_spread"]
-
-_POSITIVE = "the density is positive everywhere, so p~ and q~ share their support"
-_TRANSFORMS = {
-    GaussianNoise: "the Fourier transform exp(-sigma^2 |omega|^2 / 2) is positive everywhere",
-    LowRankGaussianNoise: "the Fourier transform is a Gaussian, positive everywhere",
-    LaplaceNoise: "the Fourier transform prod 1 / (1 + b^2 omega^2) is positive everywhere",
-    LogisticNoise: "the Fourier transform prod pi s omega / sinh(pi s omega) is positive everywhere",
-    CauchyNoise: "the Fourier transform exp(-b |omega|_1) is positive everywhere",
-    StudentTNoise: "the Fourier transform, a mixture of Gaussians, is positive everywhere",
-}
+__all__ = ["SpreadCondition", "SpreadValidity", "check_valid_spread", "positive_everywhere", "scale_condition"]
 
 
 class SpreadCondition(NamedTuple):
@@ -68,8 +50,8 @@ def check_valid_spread(noise) -> SpreadValidity:
     most gives the second. For discrete noise they are a positive and an invertible matrix.
 
     Args:
-      noise: any noise with concrete (not traced) numbers. Of a noise that is not part of this library nothing
-        can be decided from its methods alone, and both conditions come back None.
+      noise: any noise with concrete (not traced) numbers. One without a method `spread_conditions` cannot be
+        decided from its other methods, and both conditions come back None.
 
     Returns:
       SpreadValidity, which prints as one line for each condition.
@@ -84,62 +66,28 @@ def check_valid_spread(noise) -> SpreadValidity:
       support: FAILS: the support is bounded, so p~ and q~ need not share theirs
       injective: holds: the Fourier transform prod sin(h omega) / (h omega) has isolated zeros only
     """
-    conditions = tuple(_conditions(noise))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree_util.tree_leaves(noise)):
+        raise TypeError("check_valid_spread needs concrete numbers, got a traced array; call it outside of jit.")
+    name = type(noise).__name__
+    unknown = (
+        SpreadCondition("support", None, f"{name} must have a density that is positive everywhere"),
+        SpreadCondition("injective", None, f"the Fourier transform of {name} may vanish on a countable set at most"),
+    )
+    conditions = tuple(noise.spread_conditions()) if hasattr(noise, "spread_conditions") else unknown
     held = [condition.holds for condition in conditions]
-    valid = False if False in held else None if None in held else True
-    return SpreadValidity(valid, conditions)
+    return SpreadValidity(False if False in held else None if None in held else True, conditions)
 
 
-def _conditions(noise):
-    if isinstance(noise, TransformedNoise):
-        yield from _conditions(noise.base)
-        yield SpreadCondition(
-            "transform", None, "f must be injective, which its code cannot show; make it so by design"
-        )
-    elif isinstance(noise, DiscreteNoise):
-        yield from _discrete_conditions(np.asarray(_concrete(noise.matrix), np.float64))
-    elif isinstance(noise, UniformNoise):
-        yield _scale_condition(noise)
-        yield SpreadCondition("support", False, "the support is bounded, so p~ and q~ need not share theirs")
-        yield SpreadCondition(
-            "injective", True, "the Fourier transform prod sin(h omega) / (h omega) has isolated zeros only"
-        )
-    elif type(noise) in _TRANSFORMS:
-        yield _scale_condition(noise)
-        yield SpreadCondition("support", True, _POSITIVE)
-        yield SpreadCondition("injective", True, _TRANSFORMS[type(noise)])
-    else:
-        name = type(noise).__name__
-        yield SpreadCondition("support", None, f"{name} must have a density that is positive everywhere")
-        yield SpreadCondition(
-            "injective", None, f"the Fourier transform of {name} may vanish on a countable set at most"
-        )
+def positive_everywhere(noise, transform: str) -> Iterator[SpreadCondition]:
+    """The conditions of a noise with positive density, whose Fourier transform is what the sentence says."""
+    yield scale_condition(noise)
+    yield SpreadCondition("support", True, "the density is positive everywhere, so p~ and q~ share their support")
+    yield SpreadCondition("injective", True, f"the Fourier transform {transform}")
 
 
-def _scale_condition(noise):
-    leaves = [np.asarray(_concrete(leaf), np.float64) for leaf in jax.tree_util.tree_leaves(noise)]
-    finite = all(np.isfinite(leaf).all() for leaf in leaves)
-    if finite and (np.asarray(noise.scale) > 0).all():
+def scale_condition(noise) -> SpreadCondition:
+    """Whether every scale is positive and every number finite."""
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree_util.tree_leaves(noise)]
+    if all(np.isfinite(leaf).all() for leaf in leaves) and (np.asarray(noise.scale) > 0).all():
         return SpreadCondition("scale", True, "positive and finite")
     return SpreadCondition("scale", False, "every scale must be positive and every number finite")
-
-
-def _discrete_conditions(matrix):
-    smallest = matrix.min()
-    if smallest > 0:
-        yield SpreadCondition("support", True, f"every entry is positive, the smallest is {smallest:.3g}")
-    else:
-        row, column = np.unravel_index(matrix.argmin(), matrix.shape)
-        yield SpreadCondition("support", False, f"p(y={row}|x={column}) is zero, so supports can differ")
-    singular = np.linalg.svd(matrix, compute_uv=False)
-    condition_number = singular[0] / max(singular[-1], np.finfo(np.float64).tiny)
-    if singular[-1] > singular[0] * len(matrix) * np.finfo(np.float32).eps:
-        yield SpreadCondition("injective", True, f"the matrix is invertible, condition number {condition_number:.3g}")
-    else:
-        yield SpreadCondition("injective", False, "the matrix is singular, so different p spread to the same p~")
-
-
-def _concrete(value):
-    if isinstance(value, jax.core.Tracer):
-        raise TypeError("check_valid_spread needs concrete numbers, got a traced array; call it outside of jit.")
-    return value

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_callable, check_same_event, check_samples
-from spread_jax._random import check_key, draw_noise, split_key
-from spread_jax.divergences.f_divergences import FDivergence, jensen_shannon
-from spread_jax.noise import SpreadNoise
+from spread_jax._random import split_key
+from spread_jax.divergences.f_divergences import FDivergence, check_divergence, jensen_shannon
+from spread_jax.noise import SpreadNoise, spread
 from spread_jax.noise._protocol import check_noise
+from spread_jax.objectives._edge import check_game, one_each
 
 __all__ = ["GanLosses", "spread_gan_losses"]
 
@@ -81,20 +81,12 @@ def spread_gan_losses(
       >>> bool(losses.critic == -losses.divergence)
       True
     """
-    x, generated = check_samples("x", x), check_samples("generated", generated)
-    check_same_event("x", x, "generated", generated)
-    check_callable("critic", critic)
+    check_divergence("divergence", divergence)
     check_noise("noise", noise)
-    if not isinstance(divergence, FDivergence):
-        raise TypeError(f"divergence must be an FDivergence such as spread_jax.kl, got {type(divergence).__name__}.")
-    check_key(key, x.shape[0])
-    check_key(key, generated.shape[0])
+    x, generated, key = check_game(x, generated, key, critic=critic)
     data_key, model_key = split_key(key)
-    y = jnp.concatenate([draw_noise(noise, x, data_key), draw_noise(noise, generated, model_key)])
-    v = jnp.asarray(critic(y))
-    if v.shape not in ((y.shape[0],), (y.shape[0], 1)):
-        raise ValueError(f"critic must return shape ({y.shape[0]},) or ({y.shape[0]}, 1), got {v.shape}.")
-    v = v.reshape(-1).astype(y.dtype)
+    y = jnp.concatenate([spread(x, noise, key=data_key), spread(generated, noise, key=model_key)])
+    v = one_each("critic", critic(y), y)
     of_data, of_model = v[: x.shape[0]], v[x.shape[0] :]
     bound = divergence.activation(of_data).mean() - divergence.conjugate_of_activation(of_model).mean()
     return GanLosses(generator=-divergence.activation(of_model).mean(), critic=-bound, divergence=bound)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_callable, check_count, check_examples
-from spread_jax._random import check_key, draw_noise, draw_normal, split_key
+from spread_jax._random import draw_normal
 from spread_jax.noise import SpreadNoise
-from spread_jax.noise._protocol import check_noise
+from spread_jax.noise._protocol import repeat_noise
+from spread_jax.objectives._edge import Decode, Encode, check_bound, decoded, log_prior, posterior, spread_or_given
 
 __all__ = ["ElboTerms", "elbo", "spread_elbo"]
-
-Encode = Callable[[jax.Array], Any]
-Decode = Callable[[jax.Array], Any]
 
 
 class ElboTerms(NamedTuple):
@@ -25,12 +23,21 @@ class ElboTerms(NamedTuple):
     Attributes:
       elbo: the lower bound on log p~(y), or log p(x) for clean data.
       log_likelihood: E_{q(z|y)} log p(y|g(z)).
-      kl: KL(q(z|y) || N(0, I)), exact.
+      kl: KL(q(z|y) || N(0, I)), exact; of another prior, by the draws of z.
     """
 
     elbo: jax.Array
     log_likelihood: jax.Array
     kl: jax.Array
+
+    def weighted(self, kl_weight: float | jax.Array) -> jax.Array:
+        """log_likelihood - kl_weight * kl, [batch]: what a beta-VAE maximises, or a warm-up of the KL.
+
+        It is a bound for weights of at least 1 only; report `elbo`, whatever was trained.
+
+        Source: Higgins et al., beta-VAE, ICLR 2017, equation 4.
+        """
+        return self.log_likelihood - kl_weight * self.kl
 
 
 def spread_elbo(
@@ -43,6 +50,8 @@ def spread_elbo(
     num_spread_samples: int = 1,
     num_latent_samples: int = 1,
     low_variance: bool = False,
+    prior_log_prob: Callable[[jax.Array], jax.Array] | None = None,
+    spread_samples: jax.Array | None = None,
     has_aux: bool = False,
 ) -> Any:
     r"""Evidence lower bound on the spread log-likelihood of a model with deterministic outputs, x = g(z).
@@ -73,6 +82,11 @@ def spread_elbo(
         is lower, the encoder is no longer rewarded for fitting the noise, and the maximiser is biased: for data
         x = a z of variance v it is |a|^2 = v^2 / (v + sigma^2) - sigma^2 in place of v. Harmless where sigma
         is small beside the data's spread along the manifold; report the bound with False.
+      prior_log_prob: log p(z) of another prior than N(0, I), normalised, z [n, *latent] -> [n]. The KL's share of it
+        is then the mean over the draws of z; the entropy of q(z|y) stays exact.
+      spread_samples: y [batch * num_spread_samples, *event], drawn already (see `spread`; those of an example are
+        neighbours), for a caller who uses y elsewhere too. Nothing is drawn in their place, and `key` is that of
+        the latents alone.
       has_aux: `encode` and `decode` return (output, aux), such as new batch statistics.
 
     Returns:
@@ -96,20 +110,20 @@ def spread_elbo(
       >>> terms.elbo.shape
       (8,)
     """
-    x = check_examples("x", x)
-    check_noise("noise", noise)
-    num_spread_samples = check_count("num_spread_samples", num_spread_samples)
+    counts = {"num_spread_samples": num_spread_samples, "num_latent_samples": num_latent_samples}
+    x, key = check_bound(x, encode, decode, noise, key, **counts)
     if low_variance and not hasattr(noise, "expected_log_prob"):
         raise TypeError(
             f"low_variance=True needs a noise with a closed-form expected_log_prob(x, x2); "
             f"{type(noise).__name__} has none, so pass low_variance=False."
         )
-    check_key(key, x.shape[0])
-    spread_key, latent_key = split_key(key)
-    location = jnp.repeat(x, num_spread_samples, axis=0)
-    y = draw_noise(noise, location, spread_key)
-    target, score = (location, noise.expected_log_prob) if low_variance else (y, noise.log_prob)
-    return _bound(y, target, score, encode, decode, latent_key, num_latent_samples, x.shape[0], has_aux)
+    y, key = spread_or_given(x, noise, key, num_spread_samples, spread_samples)
+    noise = repeat_noise(noise, x, num_spread_samples * num_latent_samples)
+    if low_variance:
+        target, score = jnp.repeat(x, num_spread_samples, axis=0), noise.expected_log_prob
+    else:
+        target, score = y, noise.log_prob
+    return _bound(x, y, target, score, encode, decode, key, num_latent_samples, prior_log_prob, has_aux)
 
 
 def elbo(
@@ -120,6 +134,7 @@ def elbo(
     *,
     key: jax.Array,
     num_latent_samples: int = 1,
+    prior_log_prob: Callable[[jax.Array], jax.Array] | None = None,
     has_aux: bool = False,
 ) -> Any:
     r"""Evidence lower bound on the log-likelihood of clean data: the ordinary variational autoencoder.
@@ -136,6 +151,8 @@ def elbo(
       noise: the decoder's distribution p(x|g(z)).
       key: a JAX random key, or one for each example: see `example_keys`.
       num_latent_samples: S_z, draws of z for each x.
+      prior_log_prob: log p(z) of another prior than N(0, I), normalised, z [n, *latent] -> [n]. The KL's share of it
+        is then the mean over the draws of z; the entropy of q(z|y) stays exact.
       has_aux: `encode` and `decode` return (output, aux), such as new batch statistics.
 
     Returns:
@@ -155,56 +172,28 @@ def elbo(
       >>> elbo(jnp.ones((4, 2)), encode, decode, GaussianNoise(1.0), key=jax.random.key(0)).kl.shape
       (4,)
     """
-    x = check_examples("x", x)
-    check_noise("noise", noise)
-    check_key(key, x.shape[0])
-    return _bound(x, x, noise.log_prob, encode, decode, key, num_latent_samples, x.shape[0], has_aux)
+    x, key = check_bound(x, encode, decode, noise, key, num_latent_samples=num_latent_samples)
+    score = repeat_noise(noise, x, num_latent_samples).log_prob
+    return _bound(x, x, x, score, encode, decode, key, num_latent_samples, prior_log_prob, has_aux)
 
 
-def _bound(y, target, score, encode, decode, key, num_latent_samples, batch, has_aux):
+def _bound(x, y, target, score, encode, decode, key, num_latent_samples, prior_log_prob, has_aux):
     """The bound of y under q(z|y), whose likelihood term is score(target, g(z))."""
-    num_latent_samples = check_count("num_latent_samples", num_latent_samples)
-    check_callable("encode", encode)
-    check_callable("decode", decode)
-    encoded = encode(y)
-    encoded, encode_aux = _split_aux(encoded, has_aux, "encode")
-    mean, log_std = _check_posterior(encoded, y)
-
+    mean, log_std, encode_aux = posterior(encode, y, has_aux)
     mean_s = jnp.repeat(mean, num_latent_samples, axis=0)
     std_s = jnp.repeat(jnp.exp(log_std), num_latent_samples, axis=0)
     z = mean_s + std_s * draw_normal(key, mean_s.shape, mean_s.dtype)
 
-    decoded, decode_aux = _split_aux(decode(z), has_aux, "decode")
     target = jnp.repeat(target, num_latent_samples, axis=0)
-    if getattr(decoded, "shape", None) != target.shape:
-        raise ValueError(
-            f"decode must return shape [n, *event] = {target.shape} for z of shape {z.shape}, "
-            f"got {getattr(decoded, 'shape', type(decoded).__name__)}."
-        )
-    # Compute dtypes may be lower; the bound itself is in the data's.
-    log_likelihood = score(target, decoded.astype(target.dtype)).reshape(batch, -1).mean(axis=1)
+    location, decode_aux = decoded(decode, z, target, has_aux)
+    log_likelihood = score(target, location).reshape(x.shape[0], -1).mean(axis=1)
 
-    divergence = 0.5 * (jnp.square(mean) + jnp.exp(2 * log_std) - 1 - 2 * log_std)
-    kl = divergence.reshape(batch, -1).sum(axis=1) / (y.shape[0] // batch)
+    if prior_log_prob is None:
+        divergence = 0.5 * (jnp.square(mean) + jnp.exp(2 * log_std) - 1 - 2 * log_std)
+        kl = divergence.reshape(x.shape[0], -1).sum(axis=1) / (y.shape[0] // x.shape[0])
+    else:
+        entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).reshape(y.shape[0], -1).sum(axis=1)
+        of_prior = log_prior(prior_log_prob, z).reshape(x.shape[0], -1).mean(axis=1)
+        kl = -entropy.reshape(x.shape[0], -1).mean(axis=1) - of_prior
     terms = ElboTerms(elbo=log_likelihood - kl, log_likelihood=log_likelihood, kl=kl)
     return (terms, (encode_aux, decode_aux)) if has_aux else terms
-
-
-def _split_aux(returned, has_aux, name):
-    if not has_aux:
-        return returned, None
-    if not (isinstance(returned, tuple) and len(returned) == 2):
-        raise ValueError(f"with has_aux=True {name} must return (output, aux), got {type(returned).__name__}.")
-    return returned
-
-
-def _check_posterior(encoded, y):
-    if not (isinstance(encoded, (tuple, list)) and len(encoded) == 2):
-        raise ValueError(f"encode must return (mean, log_std), got {type(encoded).__name__}.")
-    mean, log_std = (jnp.asarray(part).astype(y.dtype) for part in encoded)
-    if mean.shape != log_std.shape or mean.ndim == 0 or mean.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"encode must return mean and log_std of one shape [n, *latent] with n = {y.shape[0]}, "
-            f"got {mean.shape} and {log_std.shape}."
-        )
-    return mean, log_std

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_callable, check_count, check_examples
-from spread_jax._random import check_key, draw_noise, draw_normal, split_key
+from spread_jax._random import draw_normal
 from spread_jax.noise import SpreadNoise
-from spread_jax.noise._protocol import check_noise
-from spread_jax.objectives.elbo import Decode, Encode, _check_posterior, _split_aux
+from spread_jax.noise._protocol import repeat_noise
+from spread_jax.objectives._edge import Decode, Encode, check_bound, decoded, log_prior, posterior, spread_or_given
 
 __all__ = ["BoundTerms", "spread_importance_bound"]
 
@@ -22,8 +22,8 @@ class BoundTerms(NamedTuple):
 
     Attributes:
       bound: a lower bound on the spread log-likelihood, in nats.
-      effective_sample_size: (sum w)^2 / sum w^2 of the importance weights, between 1 and the number of draws.
-        Where it is near 1 a single draw decides, and more draws still raise the bound.
+      effective_sample_size: (sum w)^2 / sum w^2 of the importance weights, between 1 and the number of draws, or 0 if
+        all of them vanish. Where it is near 1 a single draw decides, and more draws still raise the bound.
     """
 
     bound: jax.Array
@@ -39,6 +39,8 @@ def spread_importance_bound(
     key: jax.Array,
     num_samples: int,
     num_spread_samples: int = 1,
+    prior_log_prob: Callable[[jax.Array], jax.Array] | None = None,
+    spread_samples: jax.Array | None = None,
     has_aux: bool = False,
 ) -> Any:
     r"""Importance-weighted bound on the spread log-likelihood of a model x = g(z), z ~ N(0, I).
@@ -58,6 +60,10 @@ def spread_importance_bound(
       key: a JAX random key, or one for each example: see `example_keys`.
       num_samples: K, draws of z for each y.
       num_spread_samples: draws of y for each example, over which both terms are averaged.
+      prior_log_prob: log p(z) of another prior than N(0, I), normalised, z [n, *latent] -> [n].
+      spread_samples: y [batch * num_spread_samples, *event], drawn already (see `spread`; those of an example are
+        neighbours), for a caller who uses y elsewhere too. Nothing is drawn in their place, and `key` is that of
+        the latents alone.
       has_aux: `encode` and `decode` return (output, aux), such as new batch statistics.
 
     Returns:
@@ -79,35 +85,29 @@ def spread_importance_bound(
       >>> spread_importance_bound(x, encode, decode, noise, key=jax.random.key(0), num_samples=5).bound.shape
       (8,)
     """
-    x = check_examples("x", x)
-    check_noise("noise", noise)
-    check_callable("encode", encode)
-    check_callable("decode", decode)
-    num_samples = check_count("num_samples", num_samples)
-    num_spread_samples = check_count("num_spread_samples", num_spread_samples)
-    check_key(key, x.shape[0])
-    spread_key, latent_key = split_key(key)
-    y = draw_noise(noise, jnp.repeat(x, num_spread_samples, axis=0), spread_key)
-    encoded, encode_aux = _split_aux(encode(y), has_aux, "encode")
-    mean, log_std = (jnp.repeat(part, num_samples, axis=0) for part in _check_posterior(encoded, y))
-
-    epsilon = draw_normal(latent_key, mean.shape, mean.dtype)
+    counts = {"num_samples": num_samples, "num_spread_samples": num_spread_samples}
+    x, key = check_bound(x, encode, decode, noise, key, **counts)
+    y, key = spread_or_given(x, noise, key, num_spread_samples, spread_samples)
+    mean, log_std, encode_aux = posterior(encode, y, has_aux)
+    mean, log_std, target = (jnp.repeat(part, num_samples, axis=0) for part in (mean, log_std, y))
+    epsilon = draw_normal(key, mean.shape, mean.dtype)
     z = mean + jnp.exp(log_std) * epsilon
-    decoded, decode_aux = _split_aux(decode(z), has_aux, "decode")
-    target = jnp.repeat(y, num_samples, axis=0)
-    if getattr(decoded, "shape", None) != target.shape:
-        raise ValueError(
-            f"decode must return shape [n, *event] = {target.shape} for z of shape {z.shape}, "
-            f"got {getattr(decoded, 'shape', type(decoded).__name__)}."
-        )
-    log_likelihood = noise.log_prob(target, decoded.astype(target.dtype))
-    # log p(z) - log q(z|y), whose constants cancel.
-    latent = 0.5 * (jnp.square(epsilon) - jnp.square(z)) + log_std
-    log_weights = log_likelihood + latent.reshape(latent.shape[0], -1).sum(axis=1)
+    location, decode_aux = decoded(decode, z, target, has_aux)
+    log_likelihood = repeat_noise(noise, x, num_spread_samples * num_samples).log_prob(target, location)
+    if prior_log_prob is None:
+        # log p(z) - log q(z|y), whose constants cancel.
+        latent = 0.5 * (jnp.square(epsilon) - jnp.square(z)) + log_std
+        log_weights = log_likelihood + latent.reshape(latent.shape[0], -1).sum(axis=1)
+    else:
+        latent = 0.5 * jnp.square(epsilon) + log_std + 0.5 * math.log(2 * math.pi)  # -log q(z|y)
+        latent = latent.reshape(latent.shape[0], -1).sum(axis=1)
+        log_weights = log_likelihood + latent + log_prior(prior_log_prob, z)
     log_weights = log_weights.reshape(x.shape[0], num_spread_samples, num_samples)
 
     bound = jax.nn.logsumexp(log_weights, axis=2) - math.log(num_samples)
-    normalised = jax.nn.softmax(log_weights, axis=2)
-    size = 1 / jnp.square(normalised).sum(axis=2)
+    largest = jax.lax.stop_gradient(log_weights.max(axis=2, keepdims=True))
+    weights = jnp.where(largest > -jnp.inf, jnp.exp(log_weights - jnp.where(largest > -jnp.inf, largest, 0)), 0)
+    total, squares = weights.sum(axis=2), jnp.square(weights).sum(axis=2)
+    size = jnp.where(squares == 0, 0, jnp.square(total) / jnp.where(squares == 0, 1, squares))
     terms = BoundTerms(bound=bound.mean(axis=1), effective_sample_size=size.mean(axis=1))
     return (terms, (encode_aux, decode_aux)) if has_aux else terms

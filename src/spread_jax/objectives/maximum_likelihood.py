@@ -98,7 +98,7 @@ def spread_fisher_information(
       log p~_theta(y) ~ log (1/K) sum_k p(y|g_theta(z_k)),
 
     and the scores are averaged over y drawn from p~_theta independently of z_1 .. z_K. The mixture's
-    error in a score enters squared, so the estimate is too large by a multiple of 1/K.
+    error in a score enters squared, and it is correlated with the score: the bias is of order 1/K, of either sign.
 
     Args:
       sampler: (params, num, key=key) -> [num, *event], reparameterised: differentiable in params.
@@ -195,7 +195,7 @@ def gaussian_fisher_information(
         raise ValueError(f"mean and cov must return shapes [X] and [X, X], got {m.shape} and {s.shape}.")
     dm, ds = jax.jacfwd(lambda t: (mean(unravel(t)), cov(unravel(t))))(theta)
     if noise is not None:
-        s = s + gaussian_noise_covariance(noise, "mean", m)
+        s = s + gaussian_noise_covariance(noise, m)
     chol = jnp.linalg.cholesky(s)
     pivots = jnp.square(jnp.diagonal(chol)) / jnp.diagonal(s)
     # A singular covariance may leave pivots of the size of rounding, whose inverse is noise.

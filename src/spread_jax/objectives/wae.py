@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from spread_jax._checks import check_batch, check_callable, check_examples, check_non_negative
 from spread_jax._random import check_key, draw_normal
 from spread_jax.divergences.mmd import InverseMultiquadricKernel, MixtureKernel, mmd_squared
-from spread_jax.objectives.elbo import Decode, _split_aux
+from spread_jax.objectives._edge import Decode, decoded, split_aux
 
 __all__ = ["WaeTerms", "wae_mmd_loss"]
 
@@ -39,6 +39,7 @@ def wae_mmd_loss(
     key: jax.Array,
     weight: float | jax.Array,
     kernel: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    prior_samples: jax.Array | None = None,
     has_aux: bool = False,
 ) -> Any:
     r"""Loss of a Wasserstein autoencoder with deterministic encoder and decoder, prior N(0, I).
@@ -53,6 +54,7 @@ def wae_mmd_loss(
       weight: lambda >= 0, in squared units of x; the published CelebA setting is 100.
       kernel: (z, z2) -> [n, m]; by default the published sum of seven inverse multiquadrics with
         c = 2 Z s for s in 0.1, 0.2, 0.5, 1, 2, 5, 10, Z the number of latent dimensions.
+      prior_samples: [m, *latent], draws of another prior than N(0, I); at least two.
       has_aux: `encode` and `decode` return (output, aux), such as new batch statistics.
 
     Returns:
@@ -75,25 +77,20 @@ def wae_mmd_loss(
     check_callable("encode", encode)
     check_callable("decode", decode)
     check_non_negative("weight", weight)
-    check_key(key, x.shape[0])
-    encoded, encode_aux = _split_aux(encode(x), has_aux, "encode")
+    key = check_key(key, x.shape[0])
+    encoded, encode_aux = split_aux(encode(x), has_aux, "encode")
     if isinstance(encoded, (tuple, list)):
         raise ValueError(f"encode must return one array z [n, *latent], got a {type(encoded).__name__}.")
     z = check_batch("encode(x)", encoded).astype(x.dtype)
     if z.shape[0] != x.shape[0]:
         raise ValueError(f"encode must return shape [n, *latent] with n = {x.shape[0]}, got {z.shape}.")
-    decoded, decode_aux = _split_aux(decode(z), has_aux, "decode")
-    if getattr(decoded, "shape", None) != x.shape:
-        raise ValueError(
-            f"decode must return shape [n, *event] = {x.shape} for z of shape {z.shape}, "
-            f"got {getattr(decoded, 'shape', type(decoded).__name__)}."
-        )
+    location, decode_aux = decoded(decode, z, x, has_aux)
     if kernel is None:
         size = math.prod(z.shape[1:])
         scales = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
         kernel = MixtureKernel([InverseMultiquadricKernel(2.0 * size * s) for s in scales], [1.0] * len(scales))
-    reconstruction = jnp.square(x - decoded.astype(x.dtype)).reshape(x.shape[0], -1).sum(axis=1)
-    prior = draw_normal(key, z.shape, z.dtype)
+    reconstruction = jnp.square(x - location).reshape(x.shape[0], -1).sum(axis=1)
+    prior = draw_normal(key, z.shape, z.dtype) if prior_samples is None else prior_samples
     mmd = mmd_squared(z, prior, kernel)
     terms = WaeTerms(loss=reconstruction.mean() + weight * mmd, reconstruction=reconstruction, mmd=mmd)
     return (terms, (encode_aux, decode_aux)) if has_aux else terms

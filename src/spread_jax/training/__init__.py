@@ -1,13 +1,5 @@
-"""Training: a state, a step, two players' step, a loop, checkpoints, meshes; knows no particular model."""
+"""Training: players and their step, a loop, checkpoints, run folders, meshes; knows no particular model."""
 
-from spread_jax.training.alternating import (
-    AlternatingState,
-    AscentSchedule,
-    NoiseCollapseError,
-    check_noise_range,
-    create_alternating_state,
-    make_alternating_step,
-)
 from spread_jax.training.checkpoint import Checkpointer, CheckpointError, Restored
 from spread_jax.training.loop import NonFiniteLossError, StepRecord, TrainingInterrupted, every, train
 from spread_jax.training.parallel import (
@@ -19,20 +11,26 @@ from spread_jax.training.parallel import (
     place_state,
     state_shardings,
 )
+from spread_jax.training.players import (
+    LossOutput,
+    Player,
+    Round,
+    TrainState,
+    create_train_state,
+    make_train_step,
+)
 from spread_jax.training.run_directory import RunDirectory, RunDirectoryError, SavedRun, read_run
 from spread_jax.training.schedules import learning_rate_schedule, noise_scale_schedule
 from spread_jax.training.signals import StopRequest
-from spread_jax.training.state import LossOutput, TrainState, create_train_state, make_train_step
 
 __all__ = [
-    "AlternatingState",
-    "AscentSchedule",
     "CheckpointError",
     "Checkpointer",
     "LossOutput",
-    "NoiseCollapseError",
     "NonFiniteLossError",
+    "Player",
     "Restored",
+    "Round",
     "RunDirectory",
     "RunDirectoryError",
     "SavedRun",
@@ -42,13 +40,10 @@ __all__ = [
     "TrainingInterrupted",
     "abstract_state",
     "batch_sharding",
-    "check_noise_range",
-    "create_alternating_state",
     "create_train_state",
     "every",
     "learning_rate_schedule",
     "local_copy",
-    "make_alternating_step",
     "make_mesh",
     "make_train_step",
     "noise_scale_schedule",

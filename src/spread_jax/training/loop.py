@@ -49,7 +49,8 @@ class StepRecord(NamedTuple):
 
     Attributes:
       step: steps taken so far.
-      metrics: the metrics of that step, as floats.
+      metrics: as floats, the newest of each name since the last record: players on turn in different steps have
+        metrics of different names.
       seconds_per_step: mean over the steps since the last record (the first, compiling step apart).
       waiting: share of that time spent waiting for data, in [0, 1].
     """
@@ -135,18 +136,18 @@ def train(
             "another run."
         )
     pending: list[Mapping[str, jax.Array]] = []
+    latest: dict[str, float] = {}  # since the last record
     evaluation: Mapping[str, float] = {}
     stream = iter(batches)
     clock, timed_steps, waited = time.perf_counter(), 0, 0.0
 
-    def fetch(step: int) -> dict[str, float]:
-        latest: dict[str, float] = {}
+    def fetch(step: int) -> None:
         for offset, metrics in enumerate(jax.device_get(pending)):
-            latest = {name: float(value) for name, value in metrics.items()}
-            if not all(map(math.isfinite, latest.values())):
-                raise NonFiniteLossError(step - len(pending) + offset + 1, latest)
+            found = {name: float(value) for name, value in metrics.items()}
+            if not all(map(math.isfinite, found.values())):
+                raise NonFiniteLossError(step - len(pending) + offset + 1, found)
+            latest.update(found)
         pending.clear()
-        return latest
 
     for step in range(start_step + 1, num_steps + 1):
         before = time.perf_counter()
@@ -158,13 +159,13 @@ def train(
         if step == start_step + 1:
             fetch(step)  # compiles; not part of the rate
             clock, timed_steps, waited = time.perf_counter(), 0, 0.0
-            pending.append(metrics)
 
         if every(step, record_every, num_steps):
-            latest = fetch(step)
+            fetch(step)
             elapsed = time.perf_counter() - clock
             rate = elapsed / timed_steps if timed_steps else math.nan
-            on_record(StepRecord(step, latest, rate, waited / elapsed if timed_steps else 0.0))
+            on_record(StepRecord(step, dict(latest), rate, waited / elapsed if timed_steps else 0.0))
+            latest.clear()
             clock, timed_steps, waited = time.perf_counter(), 0, 0.0
 
         stopping = stop is not None and step < num_steps and stop.agreed(step)

@@ -1,0 +1,41 @@
+"""The data of a run, for what comes after training."""
+
+from __future__ import annotations
+
+import json
+
+from spread_jax.data import Dataset, open_dataset
+from spread_jax.errors import UsageError
+from spread_jax.models import DataSettings, Trained
+from spread_jax.models.run import saved_config
+
+
+def data_of(run: Trained, data: str | None, cache_dir: str | None) -> DataSettings:
+    """What a run was trained on; where that is now, and where decoded images are kept, only the caller may say.
+
+    Args:
+      run: from its folder.
+      data: where the data is now; where it was if None.
+      cache_dir: of decoded images; the usual place if None.
+    """
+    saved = saved_config(run.path).get("data")
+    saved = saved if isinstance(saved, dict) else {}
+    known = {name: saved.get(name) for name in ("crop", "max_examples")}
+    if not all(value is None or type(value) is int for value in known.values()) or type(saved.get("data")) is not str:
+        raise UsageError(f"{run.path / 'config.json'} does not say what the run was trained on: pass --data.")
+    return DataSettings(data or saved["data"], image_size=run.method.image_shape[0], cache_dir=cache_dir, **known)
+
+
+def open_split_of(data: DataSettings, run: Trained, split: str, *, quiet: bool = False) -> Dataset:
+    """A split of a run's data; refuses images that the run was not trained on."""
+    dataset = open_dataset(
+        data.data, split, image_size=data.image_size, crop=data.crop, channels=run.method.image_shape[2],
+        max_examples=data.max_examples, cache_dir=data.cache_dir, **({"progress": lambda *_: None} if quiet else {}),
+    )  # fmt: skip
+    wanted = saved_config(run.path).get("data_fingerprint")
+    if split == "train" and dataset.fingerprint != wanted:
+        raise UsageError(
+            f"{dataset.source} is not what the run was trained on: its pixels have the fingerprint "
+            f"{dataset.fingerprint}, the run's {json.dumps(wanted)[:40]}. Pass the run's data with --data."
+        )
+    return dataset

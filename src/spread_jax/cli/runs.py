@@ -1,0 +1,118 @@
+"""Lists runs with their state and key numbers.
+
+spread-jax runs                 all below runs/
+spread-jax runs FOLDER ...
+
+A table on a terminal (without colours where NO_COLOR is set), else one line for each run with tabs between columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import tyro
+
+from spread_jax.cli.flags import parse_plain
+from spread_jax.errors import UsageError
+
+# What may head a run, the first three that it has.
+_NUMBERS = {
+    "evaluation.frechet_distance": "Fréchet distance",
+    "evaluation.importance_bound_nats": "importance bound, nats",
+    "held_out_elbo_nats": "held-out ELBO, nats",
+    "held_out_reconstruction_mse": "reconstruction error",
+    "held_out_divergence_bound_nats": "divergence at least, nats",
+    "largest_deviation": "largest deviation, standard errors",
+    "bound_nats": "bound, nats",
+}
+_COLUMNS = ("run", "state", "step", "started from", "last written", "numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where to look."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
+    """Folders that are searched to the bottom for runs."""
+
+
+def describe(folder: Path, root: Path) -> tuple[str, ...]:
+    """The columns of one run."""
+    config = _read(folder / "config.json")
+    results = _read(folder / "results.json")
+    step = results.get("steps") or _last_step(folder / "metrics.jsonl")
+    found = [f"{label} {value:.4g}" for name, label in _NUMBERS.items()
+             if isinstance(value := _value(results, name), (int, float)) and abs(value) < 1e300]  # fmt: skip
+    preset = f"{config.get('preset', 'no preset')}, seed {config.get('seed', '?')}"
+    files = (path.stat().st_mtime for path in folder.iterdir() if path.is_file())
+    written = max(files, default=folder.stat().st_mtime)
+    row = (
+        str(folder.relative_to(root)) if folder != root else folder.name,
+        "finished" if results else "unfinished",
+        str(step or ""),
+        preset,
+        datetime.fromtimestamp(written).isoformat(sep=" ", timespec="minutes"),
+        ", ".join(found[:3]),
+    )
+    # A run from elsewhere may be named anything, escape sequences of the terminal too.
+    return tuple("".join(c if c.isprintable() else "?" for c in cell) for cell in row)
+
+
+def find(root: Path) -> list[tuple[str, ...]]:
+    """The runs below a folder, newest last; a run's own folders are not searched."""
+    rows = []
+    for config in root.rglob("config.json"):
+        if "checkpoints" not in config.relative_to(root).parts:
+            rows.append(describe(config.parent, root))
+    return sorted(rows, key=lambda row: row[4])
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _value(results: dict, name: str):
+    for part in name.split("."):
+        results = results.get(part) if isinstance(results, dict) else None
+    return results
+
+
+def _last_step(path: Path) -> int | None:
+    """The step of the last whole line."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Searches and prints."""
+    config = parse_plain(Config, argv, prog="spread-jax runs", description=__doc__)
+    rows = []
+    for root in config.folders:
+        if not root.is_dir():
+            raise UsageError(f"{root} is not a folder: name one that holds runs, or train one with `make demo`.")
+        rows += find(root)
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*_COLUMNS, box=None, header_style="bold", pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        Console(markup=False, highlight=False).print(table)
+        if not rows:
+            print("no runs here")
+    else:
+        for row in (_COLUMNS, *rows):
+            print("\t".join(row))
+    return 0

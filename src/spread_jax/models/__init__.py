@@ -1,0 +1,61 @@
+"""Ways to train a generator x = g(z), each a value; `fit` trains any of them, and the rest works on what it returns."""
+
+from spread_jax.models.delta_vae import DeltaVae
+from spread_jax.models.density_ratio import DensityRatio
+from spread_jax.models.evaluate import EvaluateSettings, evaluate, fitted_latents
+from spread_jax.models.fit import RESUMABLE, evaluation_key, fit, parameters, shown_latents
+from spread_jax.models.importance import ImportanceWeighted
+from spread_jax.models.latents import LatentDensity, Posteriors, fit_flow, fit_mixture, posteriors, standard_normal
+from spread_jax.models.method import Encoded, Method, SettingError
+from spread_jax.models.noises import NOISES, InvertibleLocation
+from spread_jax.models.presets import PRESETS, with_preset
+from spread_jax.models.run import Programs, Trained, encode, held_out, open_run, reconstruct, sample
+from spread_jax.models.settings import DataSettings, FitSettings, open_splits
+from spread_jax.models.spread_gan import SpreadGan
+from spread_jax.models.vae import Vae
+from spread_jax.models.wae import WaeMmd
+
+METHODS: dict[str, type[Method]] = {
+    m.name: m for m in (DeltaVae, Vae, ImportanceWeighted, WaeMmd, SpreadGan, DensityRatio)
+}
+
+__all__ = [
+    "METHODS",
+    "NOISES",
+    "PRESETS",
+    "RESUMABLE",
+    "DataSettings",
+    "DeltaVae",
+    "DensityRatio",
+    "Encoded",
+    "EvaluateSettings",
+    "FitSettings",
+    "ImportanceWeighted",
+    "InvertibleLocation",
+    "LatentDensity",
+    "Method",
+    "Posteriors",
+    "Programs",
+    "SettingError",
+    "SpreadGan",
+    "Trained",
+    "Vae",
+    "WaeMmd",
+    "encode",
+    "evaluate",
+    "evaluation_key",
+    "fit",
+    "fit_flow",
+    "fit_mixture",
+    "fitted_latents",
+    "held_out",
+    "open_run",
+    "open_splits",
+    "parameters",
+    "posteriors",
+    "reconstruct",
+    "sample",
+    "shown_latents",
+    "standard_normal",
+    "with_preset",
+]

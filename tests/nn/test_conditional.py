@@ -1,0 +1,175 @@
+"""The networks of (y, sigma): what they are at the start, at the ends of the scales, and for each example alone."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spread_jax.nn import Denoiser, ScaleCritic
+
+RNG = np.random.default_rng(0)
+NETWORKS = {"critic": ScaleCritic(width=4), "denoiser": Denoiser(width=4)}
+Y = jnp.asarray(RNG.uniform(size=(3, 12, 16, 2)), jnp.float32)
+SIGMA = jnp.asarray([0.02, 0.3, 2.0], jnp.float32)
+
+
+@functools.cache
+def variables_of(name):
+    """Initial values, and ones of which none is 0."""
+    initial = jax.jit(NETWORKS[name].init)(jax.random.key(0), Y, SIGMA)
+    rng = np.random.default_rng(1)
+    return initial, jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), initial
+    )
+
+
+@functools.cache
+def compiled(network):
+    return jax.jit(network.apply)
+
+
+def apply(name, variables, y=Y, sigma=SIGMA):
+    return np.asarray(compiled(NETWORKS[name])(variables, y, sigma))
+
+
+def column(sigma):
+    return np.asarray(sigma)[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("shape", "critic", "denoiser"),
+    [
+        ((16, 16, 3), [3, 2, 4], [2, 4]),
+        ((28, 28, 1), [1, 2, 4, 8], [2, 4]),
+        ((64, 64, 3), [3, 2, 4, 8, 16], [2, 4, 8, 16]),
+        ((256, 256, 3), [3, 2, 4, 8, 16, 16, 16], [2, 4, 8, 16, 16, 16]),
+        ((24, 40, 1), [1, 2, 4, 8, 16], [2, 4, 8]),
+    ],
+)
+def test_any_size(shape, critic, denoiser):
+    """Channels alone: the critic halves to 4x4 or less, the denoiser down and up while halves are whole and above 4."""
+    y, key = jnp.zeros((2, *shape)), jax.random.key(0)
+    v, variables = jax.eval_shape(ScaleCritic(width=2).init_with_output, key, y, 0.5)
+    assert v.shape == (2,)
+    kernels = {name: layer["kernel"].shape for name, layer in variables["params"].items() if "Conv" in name}
+    assert kernels == {f"Conv_{i}": (5, 5, *pair) for i, pair in enumerate(itertools.pairwise(critic))}
+    x, variables = jax.eval_shape(Denoiser(width=2).init_with_output, key, y, 0.5)
+    assert x.shape == y.shape
+    assert set(variables) == {"params"}
+    kernels = {name: layer["kernel"].shape for name, layer in variables["params"].items() if "Conv" in name}
+    blocks, deepest = 4 * shape[-1], denoiser[-1]
+    down = [(3, 3, blocks, 2), *((5, 5, *pair) for pair in itertools.pairwise(denoiser))]
+    flat = [*down, (3, 3, deepest, deepest), (3, 3, 2 + blocks, blocks)]
+    up = [(5, 5, *pair) for pair in itertools.pairwise(denoiser[::-1])]
+    expected = {f"Conv_{i}": kernel for i, kernel in enumerate(flat)}
+    assert kernels == expected | {f"ConvTranspose_{i}": kernel for i, kernel in enumerate(up)}
+
+
+def test_the_start_is_the_linear_one():
+    """v = 0, and D is the best linear estimate of independent pixels of that mean and scale."""
+    assert np.all(apply("critic", variables_of("critic")[0]) == 0)
+    variance = 0.25**2 / (column(SIGMA).astype(np.float64) ** 2 + 0.25**2)
+    expected = 0.5 + variance * (np.asarray(Y, np.float64) - 0.5)
+    np.testing.assert_allclose(apply("denoiser", variables_of("denoiser")[0]), expected, atol=1e-6)
+
+
+def test_without_noise_the_denoiser_gives_y():
+    _, moved = variables_of("denoiser")
+    np.testing.assert_array_equal(apply("denoiser", moved, sigma=jnp.zeros(3)), Y)
+    assert np.abs(apply("denoiser", moved, sigma=jnp.full(3, 1e-4)) - Y).max() < 5e-3
+    assert np.abs(apply("denoiser", moved, sigma=jnp.full(3, 0.5)) - Y).max() > 0.1
+
+
+def test_under_endless_noise_the_denoiser_forgets_y():
+    _, moved = variables_of("denoiser")
+    x, other = (apply("denoiser", moved, y, jnp.full(3, 1e5)) for y in (Y, 1 - Y))
+    assert np.abs(x - 0.5).max() > 0.05  # m + s F(0), which is not m alone
+    assert np.abs(x - other).max() < 1e-2 * np.abs(x - 0.5).max()
+
+
+def without_modulation(variables):
+    return {
+        "params": {
+            name: jax.tree.map(jnp.zeros_like, layer) if name.startswith("Dense") else layer
+            for name, layer in variables["params"].items()
+        }
+    }
+
+
+def test_every_scale_looks_alike_to_the_layers():
+    """With the scales and shifts at rest, only y / sqrt(s^2 + sigma^2) counts: F and v are the same at two scales."""
+    larger = 2 * SIGMA
+    ratio = column(np.sqrt((0.0625 + np.square(larger)) / (0.0625 + np.square(SIGMA))))
+    plain = without_modulation(variables_of("critic")[1])
+    np.testing.assert_allclose(apply("critic", plain, Y * ratio, larger), apply("critic", plain), rtol=1e-3)
+
+    plain = without_modulation(variables_of("denoiser")[1])
+
+    def correction(y, sigma):
+        sigma = column(sigma).astype(np.float64)
+        total = sigma**2 + 0.25**2
+        rest = apply("denoiser", plain, jnp.asarray(y, jnp.float32), jnp.asarray(sigma[:, 0, 0, 0], jnp.float32))
+        return (rest - 0.5 - 0.25**2 / total * (np.asarray(y) - 0.5)) / (0.25 * sigma / np.sqrt(total))
+
+    np.testing.assert_allclose(correction(0.5 + (Y - 0.5) * ratio, larger), correction(Y, SIGMA), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sigma_counts_in_any_of_its_shapes(name):
+    _, moved = variables_of(name)
+    first = apply(name, moved)
+    np.testing.assert_array_equal(apply(name, moved, sigma=SIGMA[:, None, None, None]), first)
+    one = apply(name, moved, sigma=jnp.float32(0.3))
+    np.testing.assert_allclose(one[1], first[1], rtol=1e-5)
+    assert np.abs(one[0] - first[0]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_each_example_by_itself(name):
+    _, moved = variables_of(name)
+    among_others = apply(name, moved, Y.at[1:].set(2 * Y[1:] - 0.3), SIGMA.at[1:].set(0.7))
+    np.testing.assert_array_equal(among_others[0], apply(name, moved)[0])
+    assert np.abs(among_others[1:] - apply(name, moved)[1:]).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_are_those_of_the_native_forms(name, x64):
+    network = NETWORKS[name]
+    variables, y, sigma = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), (variables_of(name)[1], Y[:2], SIGMA[:2]))
+    weights = jnp.asarray(RNG.normal(size=(2, *Y.shape[1:]) if name == "denoiser" else 2))
+
+    def gradients(native):
+        clone = network.clone(dtype=jnp.float64, native_gradients=native)
+        loss = lambda variables, y: jnp.sum(weights * clone.apply(variables, y, sigma))
+        return jax.jit(jax.grad(loss, (0, 1)))(variables, y)
+
+    for ours, native in zip(*(jax.tree.leaves(gradients(native)) for native in (False, True)), strict=True):
+        assert ours.dtype == jnp.float64
+        assert np.abs(native).max() > 0
+        np.testing.assert_allclose(ours, native, atol=1e-11 * np.abs(native).max(), rtol=0)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_half_precision(name):
+    """Parameters and results stay float32; the layers between round to 8 bits."""
+    _, moved = variables_of(name)
+    half = compiled(NETWORKS[name].clone(dtype=jnp.bfloat16))(moved, Y, SIGMA)
+    whole = apply(name, moved)
+    assert half.dtype == jnp.float32
+    assert 0 < np.abs(half - whole).max() < 0.05 * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("kind", [ScaleCritic, Denoiser])
+def test_what_has_no_network_is_refused(kind):
+    with pytest.raises(ValueError, match="width must be at least 1, got 0"):
+        kind(width=0)
+    with pytest.raises(ValueError, match=r"a scalar or one number for each of the 3 examples, got \(2,\)"):
+        jax.eval_shape(kind(width=2).init, jax.random.key(0), Y, SIGMA[:2])
+
+
+def test_a_denoiser_needs_blocks():
+    with pytest.raises(ValueError, match=r"y must have an even height and width, got shape \(1, 6, 5, 1\)"):
+        jax.eval_shape(Denoiser(width=2).init, jax.random.key(0), jnp.zeros((1, 6, 5, 1)), 0.5)

@@ -1,0 +1,153 @@
+"""The loop's bookkeeping; schedules."""
+
+import itertools
+import math
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from spread_jax.training import (
+    NonFiniteLossError,
+    StopRequest,
+    TrainingInterrupted,
+    learning_rate_schedule,
+    noise_scale_schedule,
+    train,
+)
+
+
+def counting_step(bad_at=None):
+    """A step over integers, whose metric is NaN at one step."""
+
+    def step(state, batch):
+        assert batch == state
+        return state + 1, {"value": math.nan if state + 1 == bad_at else float(state)}
+
+    return step
+
+
+def run(step, *, num_steps=10, start=0, **options):
+    log = {"records": [], "saves": [], "evaluations": []}
+
+    def evaluate(step, state):
+        log["evaluations"].append((step, state))
+        return {"score": float(step)}
+
+    result = None
+    try:
+        result = train(
+            start,
+            step,
+            itertools.count(start),
+            start_step=start,
+            num_steps=num_steps,
+            on_record=log["records"].append,
+            save=lambda step, state, metrics: log["saves"].append((step, state, dict(metrics))),
+            on_evaluate=evaluate,
+            **{"record_every": 4, "evaluate_every": 6, "save_every": 3, **options},
+        )
+    except (NonFiniteLossError, TrainingInterrupted) as error:
+        log["error"] = error
+    return result, log
+
+
+def test_loop_calls_at_its_intervals_and_at_the_end():
+    result, log = run(counting_step())
+    assert result == 10
+    assert [(r.step, r.metrics["value"]) for r in log["records"]] == [(4, 3.0), (8, 7.0), (10, 9.0)]
+    assert log["evaluations"] == [(6, 6), (10, 10)]
+    assert log["saves"] == [
+        (3, 3, {}),
+        (6, 6, {"score": 6.0}),
+        (9, 9, {}),
+        (10, 10, {"score": 10.0}),
+    ]
+
+
+def test_a_record_has_the_newest_number_of_every_name():
+    """Players on turn in different steps have metrics of different names."""
+
+    def step(state, batch):
+        return state + 1, {"model" if state % 4 < 3 else "critic": float(state)}
+
+    _, log = run(step, num_steps=9, save_every=5, evaluate_every=0)
+    assert [record.metrics for record in log["records"]] == [
+        {"model": 2.0, "critic": 3.0}, {"model": 6.0, "critic": 7.0}, {"model": 8.0},
+    ]  # fmt: skip
+
+
+def test_loop_starts_where_it_is_told():
+    result, log = run(counting_step(), start=7)
+    assert result == 10
+    assert [r.step for r in log["records"]] == [8, 10]
+
+
+@pytest.mark.parametrize("bad_at", [1, 5, 7, 10])
+def test_a_bad_value_is_reported_with_its_step_and_never_saved(bad_at):
+    _, log = run(counting_step(bad_at), record_every=100)
+    assert log["error"].step == bad_at
+    assert "not finite (value = nan)" in str(log["error"])
+    assert all(step < bad_at for step, *_ in log["saves"])
+
+
+def test_a_request_to_stop_saves_and_raises():
+    with StopRequest() as stop:
+
+        def step(state, batch):
+            if state == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return state + 1, {"value": 0.0}
+
+        _, log = run(step, stop=stop, save_every=100)
+    assert log["error"].signal == signal.SIGTERM
+    assert log["error"].step == 5
+    assert log["saves"] == [(5, 5, {})]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_interrupt_is_not_held_back():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_noise_scale_schedule_is_the_published_staircase():
+    schedule = noise_scale_schedule(0.5, 0.1, decay=0.9, every=10, begin=5)
+    for step in (0, 5, 14, 15, 100, 1000):
+        expected = max(0.1, 0.5 * 0.9 ** max(0, (step - 5) // 10))
+        np.testing.assert_allclose(schedule(step), expected, rtol=1e-5)
+        np.testing.assert_allclose(jax.jit(schedule)(step), expected, rtol=1e-5)
+    assert float(noise_scale_schedule(0.3, 0.3)(77)) == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1.0, 0.1), "initial must be positive"),
+        ((0.1, 0.5), "final must not exceed initial"),
+        ((0.5, 0.1, 1.5), r"decay must be in \(0, 1\)"),
+    ],
+)
+def test_noise_scale_schedule_refuses(arguments, message):
+    initial, final, *decay = arguments
+    with pytest.raises(ValueError, match=message):
+        noise_scale_schedule(initial, final, **({"decay": decay[0]} if decay else {}))
+
+
+def test_learning_rate_schedule():
+    schedule = learning_rate_schedule(1.0, num_steps=110, warmup=10, final_fraction=0.2)
+    assert float(schedule(0)) == 0.0
+    assert float(schedule(5)) == pytest.approx(0.5)
+    for step in (10, 60, 110):
+        expected = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 100))
+        assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
+    assert float(learning_rate_schedule(0.3, num_steps=5)(4)) == pytest.approx(0.3)
+    with pytest.raises(ValueError, match=r"warmup must be in \[0, num_steps\)"):
+        learning_rate_schedule(1.0, num_steps=10, warmup=10)
+    with pytest.raises(ValueError, match="final_fraction must be in"):
+        learning_rate_schedule(1.0, num_steps=10, final_fraction=2.0)
