@@ -156,6 +156,20 @@ def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
         raise
 
 
+# These say what a file is; any other error says only that it cannot be read at this moment.
+_LASTING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENAMETOOLONG}
+
+
+def is_lasting(error: OSError) -> bool:
+    """Whether an error says what a file is, and not that its disk or server is away for a moment.
+
+    Example:
+      >>> is_lasting(FileNotFoundError(errno.ENOENT, "")), is_lasting(OSError(errno.EIO, ""))
+      (True, False)
+    """
+    return error.errno in _LASTING
+
+
 def _refuse_odd(path: str | os.PathLike, status: os.stat_result) -> None:
     if stat.S_ISLNK(status.st_mode):
         raise OSError(errno.ELOOP, "it is a symbolic link", os.fspath(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -120,6 +121,23 @@ def test_a_damaged_entry_is_noticed(own_cache, what, monkeypatch, tmp_path):
     assert np.array_equal(second.labels, labels)
     if what == "link":
         assert (tmp_path / "elsewhere").read_bytes() == data
+
+
+def test_a_cache_that_cannot_be_read_at_the_moment_is_left_alone(own_cache, monkeypatch):
+    expected = open_dataset("digits", "test", max_examples=8)
+    before = entries(own_cache)
+
+    def away(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", away)
+        with pytest.raises(DatasetError, match=r"The cache .* cannot be read \(Stale file handle\): repeat"):
+            open_dataset("digits", "test", max_examples=8)
+    recorder = Recorder()
+    assert np.array_equal(open_dataset("digits", "test", max_examples=8, progress=recorder).images, expected.images)
+    assert not recorder.calls
+    assert entries(own_cache) == before
 
 
 def test_pixels_are_hashed_once_in_a_process(own_cache, monkeypatch):

@@ -200,6 +200,8 @@ def run(options: dict) -> int:
 
 def serve() -> None:
     """Forks a run for each line of stdin."""
+    if "SPREAD_JAX_CHAOS" not in os.environ:  # a kill loses nothing that was written, and flushing is half of the time
+        os.fsync = lambda descriptor: None
     print("ready", flush=True)
     for line in sys.stdin:
         options = json.loads(line)

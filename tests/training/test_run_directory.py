@@ -595,6 +595,20 @@ def test_results_finish_a_run(tmp_path):
         assert not run.finished  # torn by something other than this library
 
 
+def test_results_that_cannot_be_read_at_the_moment_are_not_computed_again(tmp_path, monkeypatch):
+    with open_run(tmp_path) as run:
+        run.write_results({"steps": 3})
+
+        def away(path):
+            raise OSError(5, "Input/output error", str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("spread_jax.training._folder.read_json", away)
+            with pytest.raises(RunDirectoryError, match=r"results\.json cannot be read: Input/output error"):
+                assert run.finished
+        assert run.finished
+
+
 def test_a_finished_run_is_reopened_and_its_results_added_to(tmp_path):
     with open_run(tmp_path, {"seed": 5}) as run:
         with pytest.raises(RunDirectoryError, match="is not finished: it has no results yet"):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from spread_jax._files import LEFTOVER, flush_folder, open_regular, read_json, replacing, write_atomically
+from spread_jax._files import LEFTOVER, flush_folder, is_lasting, open_regular, read_json, replacing, write_atomically
 from spread_jax.data.errors import DatasetError
 from spread_jax.data.source import Source, digest
 from spread_jax.data.stall import watched
@@ -175,7 +175,14 @@ class _Entry:
             if "labels.npy" in meta["files"]:
                 labels = np.load(self.path / "labels.npy", allow_pickle=False)
                 labels.flags.writeable = False
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, OverflowError):
+        except OSError as error:
+            if is_lasting(error):
+                return None
+            raise DatasetError(
+                f"The cache {self.path} cannot be read ({error.strerror or error}): repeat the command once it can be, "
+                "or name another folder with cache_dir or the variable SPREAD_JAX_CACHE."
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, RecursionError, OverflowError):
             return None
         if not isinstance(images, np.ndarray) or images.shape != self._shape or images.dtype != np.uint8:
             return None

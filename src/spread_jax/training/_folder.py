@@ -12,7 +12,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from spread_jax._files import LEFTOVER, odd_entry, open_regular, read_json, reason, write_atomically
+from spread_jax._files import LEFTOVER, is_lasting, odd_entry, open_regular, read_json, reason, write_atomically
 from spread_jax.training._config import RunDirectoryError, differences, identity_of, without
 from spread_jax.training._metrics import cannot_write
 from spread_jax.training.checkpoint import Checkpointer
@@ -110,10 +110,18 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def results_of(folder: Path) -> dict[str, Any] | None:
+    """What results.json says, or None where it is missing or damaged."""
+    path = folder / "results.json"
     try:
-        return read_json(folder / "results.json")
-    except (OSError, ValueError):
+        return read_json(path)
+    except ValueError:
         return None
+    except OSError as error:
+        if is_lasting(error):
+            return None
+        raise RunDirectoryError(
+            f"{path} cannot be read: {reason(error)} Repeat the command once it can be, or delete the file."
+        ) from error
 
 
 def _refuse_odd_entries(folder: Path) -> None:

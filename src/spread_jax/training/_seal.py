@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import hashlib
 import json
 import math
@@ -13,15 +12,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spread_jax._files import flush_folder, odd_entry, open_regular, read_regular, reason, write_atomically
+from spread_jax._files import (
+    flush_folder,
+    is_lasting,
+    odd_entry,
+    open_regular,
+    read_regular,
+    reason,
+    write_atomically,
+)
 from spread_jax.runtime import numerics
 from spread_jax.training._leaves import CheckpointError, LeafSpec
 
 SEAL = "SEAL.json"
 FORMAT = 1
 _HASH = "sha256"  # twice as fast as blake2b where the processor has SHA instructions
-# These say what a step is made of; any other says only that it cannot be read at this moment.
-_OF_THE_FILES = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENAMETOOLONG}
 
 
 class Unsound(Exception):
@@ -166,7 +171,7 @@ def verify(folder: Path) -> Seal:
 
 
 def _unreadable(folder: Path, name: str, error: OSError) -> Exception:
-    if error.errno in _OF_THE_FILES:
+    if is_lasting(error):
         return Unsound(f"{name}: it cannot be read ({error})")
     return CheckpointError(
         f"{folder / name} cannot be read: {reason(error)} Nothing was changed. Repeat the command once it can be read, "

@@ -332,7 +332,11 @@ class RunDirectory:
 
     @property
     def results(self) -> dict[str, Any] | None:
-        """What ``write_results`` wrote, or None while the run is not finished."""
+        """What ``write_results`` wrote, or None while the run is not finished.
+
+        Raises:
+          RunDirectoryError: it is there and cannot be read at this moment.
+        """
         return results_of(self.path)
 
     @property
