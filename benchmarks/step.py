@@ -28,6 +28,7 @@ two compute the same thing from the same parameters.
 On a CPU this library's entry points let the C library keep freed memory instead of giving it back after each step. A
 PyTorch program could have that too, from the environment: those are the sides "_kept"."""
 KEPT = "_kept"
+KEPT_SETTINGS = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 SIDES = (
     "spread_jax",
     *(f"{variant}{kept}" for variant in ("contiguous", "channels_last", "compile") for kept in ("", KEPT)),
@@ -138,7 +139,7 @@ def conditional_step(network: Network, width: int, **settings):
         value, gradient = jax.value_and_grad(loss)(params, y, x, sigma)
         updates, opt_state = optimizer.update(gradient, opt_state)
         state = optax.apply_updates(params, updates), opt_state, count + 1
-        return state, (value, optax.global_norm(gradient))
+        return state, (value, optax.tree.norm(gradient))
 
     params = jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)), 1.0)["params"]
     return (params, optimizer.init(params), jnp.int32(0)), jax.jit(step, donate_argnums=0)
@@ -344,7 +345,7 @@ def _alternate(config, network, width, sides, cache):
                 name, options = "measure_torch", {"variant": side.removesuffix(KEPT)}
             environment = {"SPREAD_JAX_CACHE": str(cache / side), "TORCHINDUCTOR_CACHE_DIR": str(cache / side)}
             if side.endswith(KEPT):
-                environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+                environment |= KEPT_SETTINGS
             size = {"width": width, "batch_size": config.images_at(width), "steps": config.steps, "network": network}
             try:
                 result = _measure.in_new_process(f"benchmarks.step:{name}", environment=environment, **size, **options)

@@ -1,12 +1,10 @@
 """Each benchmark runs to its end on tiny sizes, and what it reports is what it measured."""
 
 import doctest
+import importlib
 import importlib.util
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,22 +13,32 @@ from benchmarks import __main__ as bench
 from benchmarks import _measure, _report, density, devices, gpu, loader, profile, program, start, step
 from spread_jax import runtime
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(autouse=True)
-def quick_compilation(monkeypatch, tmp_path):
-    """In new processes: compiling is most of what tiny sizes cost, so without optimisation."""
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    monkeypatch.setenv("SPREAD_JAX_CACHE", str(tmp_path / "cache"))
+def quick_compilation(monkeypatch, cache):
+    """New processes share what they compiled."""
+    monkeypatch.setenv("SPREAD_JAX_CACHE", str(cache))
     monkeypatch.setattr(runtime, "configure", lambda: None)  # it changes this process for good
 
 
-def run_module(*command):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "src")))}
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What would run in new processes runs here: to start one costs more than tiny sizes do."""
+
+    def call(function, *, environment=None, **arguments):
+        assert set(environment or {}) <= {"SPREAD_JAX_CACHE", "TORCHINDUCTOR_CACHE_DIR", *step.KEPT_SETTINGS}
+        module, name = function.split(":")
+        found = getattr(importlib.import_module(module), name)(**json.loads(json.dumps(arguments)))
+        return json.loads(json.dumps({**found, "peak_mib": _measure.peak_mib()}))
+
+    monkeypatch.setattr(_measure, "in_new_process", call)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def test_a_part_prints_and_writes_its_tables(tmp_path, capsys):
@@ -130,10 +138,10 @@ def test_what_does_not_fit_the_budget_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_train_steps_on_an_accelerators_terms(tmp_path):
+def test_train_steps_on_an_accelerators_terms(tmp_path, in_this_process):
     flags = ["--width", "2", "--batch-sizes", "4", "--steps", "1", "--size", "32", "--matmul-size", "32", "--no-torch"]
     flags += ["--precisions", "bfloat16"]
-    run_module("benchmarks.gpu", *flags, "--out", str(tmp_path))
+    gpu.main([*flags, "--out", str(tmp_path)])
     tables = json.loads((tmp_path / "gpu.json").read_text())["tables"]
     rows = [row for table in tables for row in table["rows"]]
     assert not [row for row in rows if "note" in row]
@@ -144,19 +152,23 @@ def test_train_steps_on_an_accelerators_terms(tmp_path):
 
 
 @pytest.mark.slow
-def test_step():
+def test_step(in_this_process):
     sides = ("spread_jax", "contiguous") if importlib.util.find_spec("torch") else ("spread_jax",)
-    tables = step.run(step.Config(widths=(2,), networks=("model",), batch_size=4, steps=1, rounds=1, sides=sides))
+    config = step.Config(widths=(2,), conditional_widths=(2,), batch_size=4, steps=1, rounds=1, sides=sides)
+    tables = step.run(config)
     times, costs = tables[0].rows, tables[1].rows
-    assert [row["side"] for row in times] == [row["side"] for row in costs] == list(sides)
+    expected = [(network, side) for network in ("model", "scale_critic", "denoiser") for side in sides]
+    assert [(row["network"], row["side"]) for row in times] == expected
+    assert [(row["network"], row["side"]) for row in costs] == expected
     assert all(row["ms"] > 0 for row in times)
     assert all(row["peak MiB"] > 50 for row in costs)
     if len(sides) > 1:
-        assert times[1]["spread_jax / side"] == pytest.approx(times[0]["ms"] / times[1]["ms"])
+        for ours, theirs in zip(times[::2], times[1::2], strict=True):
+            assert theirs["spread_jax / side"] == pytest.approx(ours["ms"] / theirs["ms"])
         # The peer computes the same loss and gradient, or the ratio would compare two different things.
-        (agreement,) = tables[2].rows
-        assert agreement["loss"] < 1e-6
-        assert agreement["gradient"] < 1e-5
+        for agreement in tables[2].rows:
+            assert agreement["loss"] < 1e-6
+            assert agreement["gradient"] < 1e-5
 
 
 @pytest.mark.slow
@@ -185,8 +197,9 @@ def test_first_step_of_the_demo(tmp_path):
 
 
 @pytest.mark.slow
-def test_profile_names_the_costliest_operations(tmp_path):
-    out = run_module("benchmarks.profile", "--width", "2", "--batch-size", "2", "--steps", "1", "--out", str(tmp_path))
+def test_profile_names_the_costliest_operations(tmp_path, in_this_process, capsys):
+    profile.main(["--width", "2", "--batch-size", "2", "--steps", "1", "--out", str(tmp_path)])
+    out = capsys.readouterr().out
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == 10
     seconds, shares = (np.array([float(row[i].strip("| ")) for row in rows]) for i in (0, 1))

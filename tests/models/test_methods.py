@@ -52,7 +52,7 @@ FEW = [
     ("spread_elbo", "low_rank", {"num_spread_samples": 2, "through_encoder": True}),
     ("wae_mmd", "gaussian", {}),
     ("spread_gan", "low_rank", {"critic_steps": 2, "gan_divergence": "kl"}),
-    ("density_ratio", "gaussian", {"mirrored": True}),
+    ("density_ratio", "gaussian", {"mirrored": True, "generator_loss": "reverse_kl"}),
 ]
 ALL = [(o, n, {}) for o in METHODS for n in NOISES if getattr(METHODS[o], "learns_noise", False) or n == "gaussian"]
 PAIRS = ALL if os.environ.get("SPREAD_JAX_ALL_PAIRS") else FEW

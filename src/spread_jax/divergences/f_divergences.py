@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
     "FDivergence",
@@ -22,6 +23,9 @@ __all__ = [
 ]
 
 ArrayFunction = Callable[[jax.Array], jax.Array]
+
+# The table of a critic's functions over v: e^26 cubed fits float32, e^26 has digits beside 1 in float64.
+_TABLE_END, _TABLE_NODES = 26.0, 2601
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,7 +126,8 @@ def f_divergence(
     Beyond ratios that fit the dtype (e^+-26 in float32, e^+-212 in float64, so that f may cube them) the
     integrands continue linearly in t, which is exact for every f that grows at its ends like a power times
     at most a logarithm and whose integrand stays finite. The critic of the variational bound is the
-    log-ratio itself, activation(v) = f'(e^v), so no conjugate is needed: f*(f'(u)) = u f'(u) - f(u).
+    log-ratio itself, activation(v) = f'(e^v), so no conjugate is needed: f*(f'(u)) = u f'(u) - f(u). Both are
+    tabulated in double precision here, as that difference cancels, and continued linearly in v.
 
     Args:
       f: u -> f(u), elementwise on positive arrays, differentiable by jax (almost everywhere), convex, f(1)
@@ -154,9 +159,10 @@ def f_divergence(
         if above - below > 0.1 * (1 + abs(slope)):  # a kink: its middle subgradient
             slope = 0.5 * (below + above)
         gaps = values - slope * (grid - 1)
+        convex = bool((gaps >= -1e-5 * (1 + jnp.abs(values))).all())
     if not abs(at_one) < 1e-6:
         raise ValueError(f"f(1) must be 0, got {at_one:g}; subtract that constant from f.")
-    if not bool((gaps >= -1e-5 * (1 + jnp.abs(values))).all()):
+    if not convex:
         raise ValueError("f must be convex, but it lies below its tangent at 1; check its sign.")
 
     def from_q(t):
@@ -174,16 +180,44 @@ def f_divergence(
         of_p, of_q = 2 * from_p(above) * jax.nn.sigmoid(above), 2 * from_q(below) * jax.nn.sigmoid(-below)
         return jnp.where(positive, of_p, of_q) - tangent
 
-    def activation(v):
-        v = jnp.asarray(v)
-        return jax.grad(lambda u: f(u).sum())(jnp.exp(v))
-
-    def conjugate_of_activation(v):
-        u = jnp.exp(jnp.asarray(v))
-        return u * activation(v) - f(u)
-
+    slope_of = jax.grad(lambda u: f(u).sum())
+    slopes, conjugates = _critic_tables(f, slope_of)
+    activation = _tabulated(lambda v: slope_of(jnp.exp(v)), slopes)
+    conjugate_of_activation = _tabulated(lambda v: jnp.exp(v) * slope_of(jnp.exp(v)) - f(jnp.exp(v)), conjugates)
     of_critic = activation, conjugate_of_activation, lambda t: t
     return FDivergence(name, from_q, from_p, from_mixture, *of_critic, conjugate, upper_bound)
+
+
+def _critic_tables(f, slope_of):
+    """Values and slopes in v of f'(e^v) and of f*(f'(e^v)), [nodes] in double precision."""
+    with jax.ensure_compile_time_eval(), jax.enable_x64(True):
+        u = jnp.exp(jnp.linspace(-_TABLE_END, _TABLE_END, _TABLE_NODES, dtype=jnp.float64))
+        slope, curvature = jax.jvp(slope_of, (u,), (jnp.ones_like(u),))
+        tables = (slope, u * curvature), (u * slope - f(u), jnp.square(u) * curvature)
+        return jax.tree_util.tree_map(np.asarray, tables)
+
+
+def _tabulated(function, table):
+    """`function` near zero, where it has its digits; further off cubic between the nodes of a table, then linear."""
+
+    def interpolated(v):
+        values, slopes = (jnp.asarray(part, v.dtype) for part in table)
+        step = 2 * _TABLE_END / (_TABLE_NODES - 1)
+        inside = jnp.clip(v, -_TABLE_END, _TABLE_END)
+        place = (inside + _TABLE_END) / step
+        left = jnp.clip(jnp.floor(place), 0, _TABLE_NODES - 2).astype(int)
+        w = place - left.astype(v.dtype)
+        (y, y2), (d, d2) = ((part[left], part[left + 1]) for part in (values, slopes))
+        rise = y2 - y
+        cubic = y + w * (step * d + w * (3 * rise - step * (2 * d + d2) + w * (step * (d + d2) - 2 * rise)))
+        return cubic + jnp.where(v > 0, slopes[-1], slopes[0]) * (v - inside)
+
+    def of_any(v):
+        v = jnp.asarray(v)
+        near = jnp.abs(v) < (8 if jnp.finfo(v.dtype).eps < 1e-10 else 2)
+        return jnp.where(near, function(jnp.where(near, v, 0)), interpolated(v))
+
+    return of_any
 
 
 def _continued(function, t):

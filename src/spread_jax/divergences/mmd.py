@@ -204,7 +204,10 @@ def spread_l2_squared(
     r"""Squared L2 distance of two spread empirical distributions, ∫ (p~(y) - q~(y))^2 dy, exactly.
 
     It is the squared MMD with the kernel k(x, x2) = ∫ p(y|x) p(y|x2) dy. It needs no logarithm, so it is
-    defined for noises without a shared support too, such as UniformNoise.
+    defined for noises without a shared support too, such as UniformNoise. In the dimensions of an image it is 0 or
+    infinite in any dtype, for its unit is that of a density: compare there by the kernel
+    exp(noise.log_mmd_kernel(x, x2) - c) with c its value of a sample and itself, of Gaussian noise
+    `GaussianKernel(sqrt(2) sigma)`.
 
     Args:
       p_samples: [n, *event].

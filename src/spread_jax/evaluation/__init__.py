@@ -6,6 +6,7 @@ from spread_jax.evaluation.bounds import (
     annealed_importance_sampling,
     held_out_bound,
 )
+from spread_jax.evaluation.detail import relative_sharpness, sharpness
 from spread_jax.evaluation.distances import (
     Moments,
     PrecisionRecall,
@@ -14,8 +15,6 @@ from spread_jax.evaluation.distances import (
     kernel_distance,
     nearest_neighbours,
     precision_recall_density_coverage,
-    relative_sharpness,
-    sharpness,
 )
 from spread_jax.evaluation.features import (
     FeatureNetwork,

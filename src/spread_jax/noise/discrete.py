@@ -148,11 +148,10 @@ class DiscreteNoise(CheckedNoise):
     def _cross_entropies(self):
         """-sum_i P_ij log P_ik for each pair (j, k); 0 log 0 = 0."""
         used = self.matrix > 0
-        logs = jnp.where(used, jnp.log(jnp.where(used, self.matrix, 1)), -jnp.inf)
-        own = jnp.where(used, self.matrix, 0)
-        # Where P_ij = 0 the term and its gradient are 0, even against log P_ik = -inf.
-        terms = own[:, :, None] * jnp.where(used[:, :, None], logs[:, None, :], 0)
-        return -terms.sum(axis=0)
+        logs = jnp.log(jnp.where(used, self.matrix, 1))
+        # Infinity is put in last: its product with a gradient of zero would be none.
+        infinite = (used[:, :, None] & ~used[:, None, :]).any(axis=0)
+        return jnp.where(infinite, jnp.inf, -(self.matrix[:, :, None] * logs[:, None, :]).sum(axis=0))
 
 
 def _entries(table, i, j):
