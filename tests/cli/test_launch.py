@@ -76,7 +76,7 @@ def test_an_experiment_for_one_process_runs_in_the_first_only(monkeypatch):
 
 STREAMS = """
 import json, os, sys
-from spread_jax.cli._launch import print_result, run_program, talker
+from spread_jax.cli.launch import print_result, run_program, talker
 from spread_jax.errors import UsageError
 
 def finish():
