@@ -117,6 +117,30 @@ def test_every_scale_looks_alike_to_the_layers():
     np.testing.assert_allclose(correction(0.5 + (Y - 0.5) * ratio, larger), correction(Y, SIGMA), rtol=1e-2, atol=1e-3)
 
 
+def test_details_pass_by_the_deeper_layers():
+    """With everything silent but the first and the last layer of the U-Net, it still sees what the first one sees."""
+    params = without_modulation(variables_of("denoiser")[1])["params"]
+    last = f"Conv_{max(int(name[5:]) for name in params if name.startswith('Conv_'))}"
+    silent = {
+        name: layer if name in ("Conv_0", last) else jax.tree.map(jnp.zeros_like, layer)
+        for name, layer in params.items()
+    }
+    kernel = np.array(silent[last]["kernel"])
+    kernel[:, :, 4:] = 0  # not from the blocks of y beside them
+    silent[last] = {**silent[last], "kernel": jnp.asarray(kernel)}
+    seen = apply("denoiser", {"params": silent})
+    other = apply("denoiser", {"params": {**silent, "Conv_0": {"kernel": -silent["Conv_0"]["kernel"]}}})
+    assert np.abs(seen - other).max() > 0.05
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_brightness_counts(name):
+    """A normalisation of the first layer would take 2 y for y."""
+    _, moved = variables_of(name)
+    dark, bright = (apply(name, moved, 0.5 + t * (Y - 0.5) if name == "denoiser" else t * Y) for t in (1.0, 2.0))
+    assert np.abs(bright - dark).max() > 0.1
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sigma_counts_in_any_of_its_shapes(name):
     _, moved = variables_of(name)
