@@ -1,5 +1,6 @@
 """Evaluation: bounds with standard errors, distances between sets of features, pictures and reports."""
 
+from spread_jax.evaluation._sharpness import relative_sharpness, sharpness
 from spread_jax.evaluation.bounds import (
     AnnealedEstimate,
     HeldOutBound,
@@ -14,8 +15,6 @@ from spread_jax.evaluation.distances import (
     kernel_distance,
     nearest_neighbours,
     precision_recall_density_coverage,
-    relative_sharpness,
-    sharpness,
 )
 from spread_jax.evaluation.features import (
     FeatureNetwork,
