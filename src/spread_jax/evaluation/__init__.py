@@ -1,5 +1,6 @@
 """Evaluation: bounds with standard errors, distances between sets of features, pictures and reports."""
 
+from spread_jax.evaluation._sharpness import relative_sharpness, sharpness
 from spread_jax.evaluation.bounds import (
     AnnealedEstimate,
     HeldOutBound,
