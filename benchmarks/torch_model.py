@@ -113,11 +113,11 @@ def from_flax(params, latent_dim: int, width: int) -> SpreadVae:
 
 
 class Modulation(nn.Module):
-    """Normalisation over each image, scaled and shifted by linear functions of the waves."""
+    """Normalisation over each image but in the first layer, scaled and shifted by linear functions of the waves."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, first: bool):
         super().__init__()
-        self.norm = nn.GroupNorm(1, channels, eps=1e-5, affine=False)
+        self.norm = nn.Identity() if first else nn.GroupNorm(1, channels, eps=1e-5, affine=False)
         self.dense = nn.Linear(12, 2 * channels)
 
     def forward(self, h, waves):
@@ -140,7 +140,7 @@ class ScaleCritic(nn.Module):
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, 5, stride=2, padding=2, bias=False) for a, b in itertools.pairwise(channels)
         )
-        self.modulations = nn.ModuleList(Modulation(b) for b in channels[1:])
+        self.modulations = nn.ModuleList(Modulation(b, i == 0) for i, b in enumerate(channels[1:]))
         self.score = nn.Linear(16 * channels[-1], 1)
 
     def forward(self, y, sigma):
@@ -170,7 +170,7 @@ class Denoiser(nn.Module):
             nn.ConvTranspose2d(a, b, 5, stride=2, padding=2, output_padding=1, bias=False)
             for a, b in itertools.pairwise(channels[::-1])
         )
-        self.modulations = nn.ModuleList(Modulation(c) for c in [*channels, *channels[::-1]])
+        self.modulations = nn.ModuleList(Modulation(c, i == 0) for i, c in enumerate([*channels, *channels[::-1]]))
         self.last = nn.Conv2d(width + 12, 12, 3, padding=1)
 
     def forward(self, y, sigma):

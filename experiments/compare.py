@@ -459,8 +459,17 @@ def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = 
                 say(f"{row}, seed {seed}: Fréchet distance {found['rows'][row]['frechet_distance']:.3f}")
             results, runs = publish(typed, folder.path, reference, real)
         rows = _table.by_row(runs)
-        _table.draw_comparison(rows, results["table"], real, folder.save_figure_path("comparison.png"))
-        _table.draw_samples(folder.path, runs, folder.save_figure_path("samples.png"))
+        _table.draw_comparison(
+            rows,
+            results["table"],
+            real,
+            folder.save_figure_path("comparison.png", caption="Every metric, method and seed."),
+        )
+        _table.draw_samples(
+            folder.path,
+            runs,
+            folder.save_figure_path("samples.png", caption="Samples of every row, of its first seed."),
+        )
         folder.write_results(results)
         write_report(folder.path, real_images=typed.run.report_real_images)
         say(f"{(folder.path / 'table.md').read_text(encoding='utf-8')}\ntables, figures and report: {folder.path}")

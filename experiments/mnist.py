@@ -377,11 +377,19 @@ def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = 
             for name, method in methods.items()
         }
         latents = shown_latents(settings.seed, typed.method.latent_dim)
-        draw_samples(runs, latents, folder.save_figure_path("samples.png"))
+        draw_samples(
+            runs, latents, folder.save_figure_path("samples.png", caption="The same latents under every noise.")
+        )
         for run in runs.values():
             if isinstance(getattr(run.method, "noise", None), LearnedCovariance):
-                draw_covariance(run, latents, folder.save_figure_path("covariance.png"))
-        draw_curves(runs, folder.save_figure_path("curves.png"), f"{typed.preset}, seed {settings.seed}")
+                draw_covariance(
+                    run, latents, folder.save_figure_path("covariance.png", caption="What the learned covariance does.")
+                )
+        draw_curves(
+            runs,
+            folder.save_figure_path("curves.png", caption="Held-out numbers of every noise against the step."),
+            f"{typed.preset}, seed {settings.seed}",
+        )
         of_all = next(iter(runs.values())).results
         found = {name: {k: v for k, v in run.results.items() if k not in SHARED} for name, run in runs.items()}
         results = {**{name: of_all[name] for name in SHARED}, "noises": {**done, **found}}

@@ -155,3 +155,13 @@ def test_bad_arguments_are_refused(key):
         spread_divergence(x, x, noise, divergence="kl", num_samples=3, key=key)
     with pytest.raises(ValueError, match="sampler must return the 4 samples"):
         spread_kl(x, lambda n, *, key: x, noise, num_samples=3, num_model_samples=4, key=key)
+
+
+def test_the_standard_error_of_spread_kl_is_its_deviation_over_keys_given_the_model_samples(key):
+    """A sampler that always draws the same: what is left is the draws of y."""
+    data, model = jnp.array([[0.0], [0.7]]), jnp.array([[0.4], [1.5], [0.1]])
+    one = lambda key: spread_kl(
+        data, lambda num, *, key: model, GaussianNoise(0.7), num_samples=40, num_model_samples=3, key=key
+    )
+    values, errors = jax.jit(jax.vmap(one))(jax.random.split(key, 300))
+    np.testing.assert_allclose(np.sqrt(np.square(errors).mean()), values.std(ddof=1), rtol=0.25)

@@ -170,3 +170,12 @@ def test_bad_f_is_refused():
         f_divergence(3.0)
     with pytest.raises(ValueError, match="one shape"):
         kl.between(jnp.zeros(3), jnp.zeros(2))
+
+
+def test_the_conjugate_of_total_variation_is_bounded_by_the_range_of_its_critic():
+    """sup over u >= 0 of s u - |u - 1| / 2, on a grid: -1/2 below -1/2, infinite above 1/2."""
+    s = np.array([-2.0, -0.6, -0.5, -0.2, 0.3, 0.5])
+    u = np.linspace(0, 50, 500_001)
+    want = [np.max(each * u - 0.5 * np.abs(u - 1)) for each in s]
+    np.testing.assert_allclose(total_variation.conjugate(jnp.asarray(s, jnp.float32)), want, atol=1e-6)
+    assert total_variation.conjugate(jnp.float32(0.501)) == np.inf

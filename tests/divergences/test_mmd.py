@@ -140,3 +140,22 @@ def test_bad_arguments_are_refused():
         spread_l2_squared(x, x, StudentTNoise(1.0, 3.0))
     with pytest.raises(ValueError, match="x and y must share their event shape"):
         mmd_squared(x, jnp.zeros((3, 1)), GaussianKernel(1.0))
+
+
+@pytest.mark.parametrize(("scale", "rtol"), [(1e-3, 2e-2), (1e-2, 1e-3)])  # the textbook product: 1 and more
+def test_the_kernel_of_near_duplicates_keeps_its_digits(scale, rtol):
+    """Pairs within a scale of one another, far from the origin, in 64 dimensions of float32."""
+    rng = np.random.default_rng(7)
+    x = (rng.normal(size=(8, 64)) + 3).astype(np.float32)
+    x2 = (x + scale / 8 * rng.normal(size=x.shape)).astype(np.float32)
+    distances = np.square(x.astype(float) - x2).sum(axis=1)
+    want = np.exp(-distances / (2 * scale**2))
+    got = np.diagonal(jax.jit(GaussianKernel(scale))(x, x2))
+    np.testing.assert_allclose(got, want, rtol=rtol)
+
+
+def test_the_standard_error_of_spread_l1_is_its_deviation_over_keys(key):
+    x, z = jnp.array([[0.0], [0.7]]), jnp.array([[0.4], [1.5]])
+    one = lambda key: spread_l1(x, z, GaussianNoise(0.7), num_samples=40, key=key)
+    values, errors = jax.jit(jax.vmap(one))(jax.random.split(key, 300))
+    np.testing.assert_allclose(np.sqrt(np.square(errors).mean()), values.std(ddof=1), rtol=0.25)

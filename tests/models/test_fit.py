@@ -224,7 +224,8 @@ def test_densities_of_latents(finished):
 
 def test_an_evaluation_has_what_its_method_can_tell(finished, tmp_path):
     data = splits(size=32)
-    settings = EvaluateSettings(feature_steps=2, latent_examples=20, importance_examples=4, importance_samples=2, mixture_components=2,
+    settings = EvaluateSettings(feature_steps=2, latent_examples=20, importance_examples=4, importance_samples=2,
+                                mixture_components=2,
                                 annealed_examples=4, annealed_steps=2, annealed_chains=2)  # fmt: skip
     said = []
     numbers, rows = evaluate(finished, data, settings, cache_dir=str(tmp_path), say=said.append)

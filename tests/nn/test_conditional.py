@@ -90,23 +90,24 @@ def test_under_endless_noise_the_denoiser_forgets_y():
     assert np.abs(x - other).max() < 1e-2 * np.abs(x - 0.5).max()
 
 
-def without_modulation(variables):
+def without_sigma(variables):
+    """Scales and shifts that are the same at every sigma."""
     return {
         "params": {
-            name: jax.tree.map(jnp.zeros_like, layer) if name.startswith("Dense") else layer
+            name: {**layer, "kernel": 0 * layer["kernel"]} if name.startswith("Dense") else layer
             for name, layer in variables["params"].items()
         }
     }
 
 
 def test_every_scale_looks_alike_to_the_layers():
-    """With the scales and shifts at rest, only y / sqrt(s^2 + sigma^2) counts: F and v are the same at two scales."""
+    """With scales and shifts at rest, only y / sqrt(s^2 + sigma^2) counts: F and v are the same at two scales."""
     larger = 2 * SIGMA
     ratio = column(np.sqrt((0.0625 + np.square(larger)) / (0.0625 + np.square(SIGMA))))
-    plain = without_modulation(variables_of("critic")[1])
+    plain = without_sigma(variables_of("critic")[1])
     np.testing.assert_allclose(apply("critic", plain, Y * ratio, larger), apply("critic", plain), rtol=1e-3)
 
-    plain = without_modulation(variables_of("denoiser")[1])
+    plain = without_sigma(variables_of("denoiser")[1])
 
     def correction(y, sigma):
         sigma = column(sigma).astype(np.float64)
@@ -115,6 +116,30 @@ def test_every_scale_looks_alike_to_the_layers():
         return (rest - 0.5 - 0.25**2 / total * (np.asarray(y) - 0.5)) / (0.25 * sigma / np.sqrt(total))
 
     np.testing.assert_allclose(correction(0.5 + (Y - 0.5) * ratio, larger), correction(Y, SIGMA), rtol=1e-2, atol=1e-3)
+
+
+def test_details_pass_by_the_deeper_layers():
+    """With everything silent but the first and the last layer of the U-Net, it still sees what the first one sees."""
+    params = variables_of("denoiser")[1]["params"]
+    last = f"Conv_{max(int(name[5:]) for name in params if name.startswith('Conv_'))}"
+    silent = {
+        name: layer if name in ("Conv_0", last) else jax.tree.map(jnp.zeros_like, layer)
+        for name, layer in params.items()
+    }
+    kernel = np.array(silent[last]["kernel"])
+    kernel[:, :, 4:] = 0  # not from the blocks of y beside them
+    silent[last] = {**silent[last], "kernel": jnp.asarray(kernel)}
+    seen = apply("denoiser", {"params": silent})
+    other = apply("denoiser", {"params": {**silent, "Conv_0": {"kernel": -silent["Conv_0"]["kernel"]}}})
+    assert np.abs(seen - other).max() > 0.05
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_brightness_counts(name):
+    """A normalisation of the first layer would take 2 y for y."""
+    _, moved = variables_of(name)
+    dark, bright = (apply(name, moved, 0.5 + t * (Y - 0.5) if name == "denoiser" else t * Y) for t in (1.0, 2.0))
+    assert np.abs(bright - dark).max() > 0.1
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -126,3 +126,21 @@ def test_each_condition_is_named(noise, valid, name, holds):
 def test_a_tracer_is_refused():
     with pytest.raises(TypeError, match="concrete numbers"):
         jax.jit(lambda s: check_valid_spread(GaussianNoise(s)).valid)(1.0)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_rank_one_matrices_are_all_refused(size):
+    column = np.random.default_rng(size).dirichlet(np.ones(size))
+    verdict = check_valid_spread(DiscreteNoise(jnp.asarray(np.tile(column[:, None], (1, size)), jnp.float32)))
+    assert {c.name: c.holds for c in verdict.conditions} == {"support": True, "injective": False}
+
+
+def test_gradients_of_discrete_noise_are_those_of_the_sums():
+    """d/dP of KL(P_0 || P_1) + E_{P_0} log P_1, written out by hand; a probability moves as a free number."""
+    matrix = jnp.asarray(MATRIX, jnp.float32)
+    zero, one = jnp.array([0]), jnp.array([1])
+    total = lambda m: (DiscreteNoise(m).kl(zero, one) + DiscreteNoise(m).expected_log_prob(zero, one)).sum()
+    slope = jax.jit(jax.grad(total))(matrix)
+    expected = np.zeros_like(MATRIX)
+    expected[:, 0] = np.log(MATRIX[:, 0]) + 1  # the two cross terms cancel: sum P_0 log P_0
+    np.testing.assert_allclose(slope, expected, rtol=1e-5, atol=1e-6)

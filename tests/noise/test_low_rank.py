@@ -188,3 +188,12 @@ def test_bad_arguments_are_refused():
         LowRankGaussianNoise(1.0, jnp.ones((3, 1))).log_prob(jnp.ones((2, 4)), jnp.ones((2, 4)))
     with pytest.raises(ValueError, match="at most as many columns"):
         LowRankGaussianNoise(1.0, jnp.ones((2, 3))).with_volume()
+
+
+def test_the_volume_is_that_of_r_dimensions(x64):
+    """3 x 2: the factor grows by volume^(1/2), whatever the number of rows."""
+    factor = np.random.default_rng(5).normal(size=(3, 2))
+    volume = np.sqrt(np.linalg.det(factor.T @ factor))
+    noise = LowRankGaussianNoise(1.0, jnp.asarray(factor))
+    np.testing.assert_allclose(noise.log_volume(), np.log(volume), rtol=1e-12)
+    np.testing.assert_allclose(noise.with_volume(4.0).factor, factor * np.sqrt(4.0 / volume), rtol=1e-12)

@@ -223,3 +223,28 @@ def test_bad_arrays_are_refused(name, key):
         noise.log_prob(jnp.zeros((2, 1)), jnp.zeros((1, 1)))
     with pytest.raises(ValueError, match="scale must be a number or broadcast"):
         PEERS[name][0](jnp.ones(3)).log_prob(jnp.zeros((2, 2)), jnp.zeros((2, 2)))
+
+
+@pytest.mark.parametrize("v", [30.0, 50.0, 1e4])
+def test_student_density_with_many_degrees_of_freedom(v, dtype):
+    """Above 40 the constant is a series: log-gammas of float32 would differ by their rounding."""
+    y = np.array([0.0, 0.5, 3.0])[:, None]
+    expected = scipy.stats.t(v).logpdf(y[:, 0])
+    got = jax.jit(lambda v, y: StudentTNoise(1.0, v).log_prob(y, jnp.zeros_like(y)))(
+        jnp.asarray(v, dtype), jnp.asarray(y, dtype)
+    )
+    np.testing.assert_allclose(got, expected, rtol=2e-6 if dtype == "float32" else 1e-9)
+
+
+def test_uniform_draws_fill_their_interval_and_entropy_adds_over_dimensions(key):
+    y = np.asarray(UniformNoise(0.5).sample(jnp.full((4000, 1), 2.0), key=key), np.float64)
+    assert scipy.stats.kstest(y[:, 0], scipy.stats.uniform(1.5, 1.0).cdf).pvalue > 1e-4
+    scale = jnp.array([[0.5, 1.0], [2.0, 0.25]])
+    np.testing.assert_allclose(UniformNoise(scale).entropy(jnp.zeros((1, 2, 2))), [np.log(1 * 2 * 4 * 0.5)], rtol=1e-6)
+
+
+def test_a_scale_that_would_enlarge_the_event_is_refused(key):
+    with pytest.raises(ValueError, match=r"scale must be a number .*, got shape \(2, 3, 2\)"):
+        GaussianNoise(jnp.ones((2, 3, 2))).sample(jnp.zeros((4, 3, 2)), key=key)
+    with pytest.raises(ValueError, match=r"scale must be a number .*, got shape \(3, 2\)"):
+        GaussianNoise(jnp.ones((3, 2))).sample(jnp.zeros((4, 1, 2)), key=key)

@@ -104,3 +104,54 @@ def test_bad_returns_are_named(key):
         spread_importance_bound(x, prior_encode, lambda z: z, NOISE, key=key, num_samples=5)
     with pytest.raises(ValueError, match="num_samples must be at least 1"):
         spread_importance_bound(x, prior_encode, decode, NOISE, key=key, num_samples=0)
+
+
+def test_two_draws_of_y_and_three_of_z_against_numpy(x64, key):
+    """S_y = 2, K = 3: the mean of logarithms of means, and the effective size of each y's weights."""
+    x = np.random.default_rng(11).normal(size=(2, 3))
+    seen = []
+
+    def encode(y):
+        seen.append(y)
+        return 0.1 * y[:, :2], jnp.full((len(y), 2), -0.2)
+
+    def counted(z):
+        seen.append(z)
+        return decode(z)
+
+    terms = spread_importance_bound(x, encode, counted, NOISE, key=key, num_samples=3, num_spread_samples=2)
+    y, z = (np.asarray(part) for part in seen)
+    assert y.shape == (4, 3)
+    assert z.shape == (12, 2)
+    bound, size = np.zeros((2, 2)), np.zeros((2, 2))
+    for n in range(2):
+        for s in range(2):
+            row = y[2 * n + s]
+            draws = z[6 * n + 3 * s : 6 * n + 3 * s + 3]
+            log_w = (
+                scipy.stats.norm.logpdf(row, draws @ A.T, SIGMA).sum(axis=1)
+                + scipy.stats.norm.logpdf(draws).sum(axis=1)
+                - scipy.stats.norm.logpdf(draws, 0.1 * row[:2], np.exp(-0.2)).sum(axis=1)
+            )
+            w = np.exp(log_w)
+            bound[n, s], size[n, s] = np.log(w.mean()), w.sum() ** 2 / np.square(w).sum()
+    np.testing.assert_allclose(terms.bound, bound.mean(axis=1), rtol=1e-9)
+    np.testing.assert_allclose(terms.effective_sample_size, size.mean(axis=1), rtol=1e-9)
+
+
+def test_the_gradient_is_the_weighted_mean_of_the_draws_gradients(x64, key):
+    """d/dw log mean_k w_k = sum_k (w_k / sum w) d log w_k, by NumPy: z is fixed, x = w z."""
+    x, z = np.random.default_rng(12).normal(size=(1, 3)), []
+    encode = lambda y: (jnp.zeros((1, 3)), jnp.zeros((1, 3)))
+
+    def bound(w):
+        record = lambda draws: z.append(draws) or w * draws
+        options = {"key": key, "num_samples": 5, "spread_samples": x}
+        return spread_importance_bound(x, encode, record, NOISE, **options).bound[0]
+
+    slope = jax.grad(bound)(1.2)
+    draws = np.asarray(z[0])
+    log_w = scipy.stats.norm.logpdf(x, 1.2 * draws, SIGMA).sum(axis=1)
+    share = np.exp(log_w - np.logaddexp.reduce(log_w))
+    of_each = ((x - 1.2 * draws) * draws / SIGMA**2).sum(axis=1)
+    np.testing.assert_allclose(slope, share @ of_each, rtol=1e-9)

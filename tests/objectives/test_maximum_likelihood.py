@@ -269,3 +269,17 @@ FLAT = lambda p, x: p * x[:, 0]
 def test_bad_arguments_are_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_model_draws_and_draws_of_y_have_keys_of_their_own(key):
+    """With the same draws for both, y sits on the model samples and the information is too small."""
+    drawn = []
+
+    def sampler(mean, num, *, key):
+        drawn.append(key)
+        return mean + jax.random.normal(key, (num, 1))
+
+    options = {"num_samples": 3, "num_model_samples": 3, "key": key}
+    spread_fisher_information(sampler, jnp.float32(0.0), GaussianNoise(0.5), **options)
+    data = {tuple(np.asarray(jax.random.key_data(each))) for each in drawn if not isinstance(each, jax.core.Tracer)}
+    assert len(data) == 2

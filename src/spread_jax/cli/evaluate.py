@@ -65,7 +65,13 @@ def main(argv: list[str] | None = None) -> int:
         data = data_of(run, config.data, config.cache_dir)
         splits = {split: open_split_of(data, run, split, quiet=config.quiet) for split in ("train", "test")}
         found, rows = evaluate(run, splits, config.settings, cache_dir=config.cache_dir, say=say)
-        picture = folder.save_figure_path("neighbours.png")
+        picture = folder.save_figure_path(
+            "neighbours.png",
+            caption="First in each row a sample, then the training images nearest in features.",
+            section="Nearest training images",
+            grid=True,
+            real_images=True,
+        )
         if config.real_images:
             save_image(image_grid(np.concatenate(rows), columns=rows.shape[1]), picture)
         else:

@@ -10,6 +10,8 @@ from spread_jax.divergences import Estimate
 
 __all__ = ["relative_sharpness", "sharpness"]
 
+_CHUNK = 2048  # images that are held as floats at once
+
 
 def sharpness(images: np.ndarray) -> np.ndarray:
     """Variance over pixels of the Laplacian of each image's grey levels: low for a blurred image.

@@ -1,4 +1,4 @@
-"""Distances between sets of features, and how sharp images are.
+"""Distances between sets of features.
 
 Everything here runs on the host in NumPy float64: a Fréchet distance is a small difference of large traces, and
 float32, JAX's default, leaves it few digits. Features are [n, d], one row for each image, made by any callable.

@@ -19,10 +19,12 @@ from spread_jax.linear._host import blocks, cond, library, mean_over, some_colum
 _FIRST_LOOK = 8192
 # Scores are estimated from a quarter of the examples, but from no fewer and no more than these.
 _FEWEST, _MOST = 4096, 32768
-_FIRST_STEPS = 50
+_FIRST_STEPS = 100
 # Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
 # go on to follow the sources can go round in circles with them.
 _SETTLED, _FOLLOW = 0.5, 8
+# Steps before it is asked whether the estimates are correlated.
+_FREE = 5
 # Two sources whose share in each other is uncertain by more than this variance cannot be told apart: turned by any
 # angle they explain the data as well. Of Gaussian sources, chance seldom makes it smaller.
 _UNTOLD = 0.01
@@ -35,7 +37,7 @@ def polar(w):
 
 
 def fixed_point(v, start, *, max_iterations: int, tolerance: float):
-    """W <- polar(E[g(W v) v^T] - diag(E g') W), g(u) = u / (3/2 + u^2), until the rows stop turning.
+    """W <- polar(E[g(W v) v^T] - diag(E g') W), g(u) = u / (1 + u^2)^(1/2), until the rows stop turning.
 
     Args:
       v: [Z, n], whitened.
@@ -50,12 +52,10 @@ def fixed_point(v, start, *, max_iterations: int, tolerance: float):
     def averages(w):
         def statistics(v, weights):
             u = w.astype(v.dtype) @ v
-            r = 1 / (1.5 + u * u)
-            g = u * r
-            return g @ (v * weights).T, (r * weights).sum(axis=1), (g * g * weights).sum(axis=1)
+            r = 1 / xp.sqrt(1 + u * u)
+            return (u * r) @ (v * weights).T, (r * r * r * weights).sum(axis=1)
 
-        g_v, r, square = mean_over(statistics, v_blocks)
-        return g_v, r - 2 * square  # g' = r - 2 g^2
+        return mean_over(statistics, v_blocks)
 
     def body(carry):
         w, _, t = carry
@@ -123,13 +123,16 @@ def part_pairs(v, w):
     return while_loop(going, body, (w, tried, *dependence(w, tried), 0), xp)[0]
 
 
-def newton_step(w, law, coefficients, slope, v_blocks, noise, count):
+def newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal):
     """M for W <- (I - M) W, and the standard deviation of its entries: what is left of source j in estimate i.
 
     F_ij = E[psi_i(u_i) u_j] is zero off the diagonal for independent sources. Its expected derivative couples (i, j)
     with (j, i) only: h_ij M_ij + a_i M_ji = F_ij with h_ij = E psi_i' E u_j^2 and a_i = E[psi_i u_i]. Over data
     Var F_ij = E psi_i^2 E u_j^2 / N and Cov(F_ij, F_ji) = a_i a_j / N, hence those of M. With psi the score, a = 1,
     h = J >= 1, the information, and Var M_ij = J_j / ((J_i J_j - 1) N). Only if both are Gaussian is that infinite.
+
+    If `orthogonal`, rows of W only turn, M_ij = -M_ji = (F_ij - F_ji) / (h_ij - a_i + h_ji - a_j), of variance
+    (1 / (J_i + J_j - 2) + 1/4) / N: less is made of the data, and less asked of them.
     """
     xp = library(w)
     dtype = v_blocks[0][0].dtype if isinstance(v_blocks, list) else v_blocks[0].dtype
@@ -161,23 +164,34 @@ def newton_step(w, law, coefficients, slope, v_blocks, noise, count):
     # A pair that cannot be told apart is made uncorrelated and not turned.
     uncorrelate = (f + f.T) / xp.maximum(h + h.T + clean + clean.T, tiny)
     step = xp.where(told, (h.T * f - clean * f.T) / divisor, uncorrelate)
+    rise = h + h.T - clean - clean.T
+    rest = (square - a * a)[:, None] + (square - a * a)[None, :]
+    turn_variance = (rest / xp.maximum(rise * rise, tiny) + 0.25) / count
+    turns = (rise > 1e-6) & (turn_variance < _UNTOLD)
+    turn = xp.where(turns, (f - f.T) / xp.where(turns, rise, 1), 0)
+    step = xp.where(orthogonal, turn, step)
+    told, variance = xp.where(orthogonal, turns, told), xp.where(orthogonal, turn_variance, variance)
     eye = xp.eye(len(w), dtype=w.dtype)
-    step = xp.where(eye > 0, (0.5 * (power - own - 1))[:, None], step)
+    step = xp.where(eye > 0, xp.where(orthogonal, 0, 0.5 * (power - own - 1))[:, None], step)
     deviation = xp.sqrt(xp.where(told, variance, 1))
     return step, xp.where(eye > 0, 0, deviation)
 
 
-def newton(v, law, start, noise, first, *, max_iterations: int, tolerance: float):
+def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tolerance: float):
     """Newton's steps until all are below `tolerance` standard errors, the scores estimated anew while they are long.
+
+    The estimates of independent sources are uncorrelated, but for what N examples leave to chance. Once those of a free
+    W are not, the sources are not independent either, and from there on W is orthogonal.
 
     Args:
       start: [Z, Z].
+      orthogonal: whether W is to be orthogonal from the beginning.
       noise: [Z, Z], covariance of observation noise in the coordinates of v; zero without.
       first: iterations made before.
 
     Returns:
       (W, iterations, largest entry of the last step in standard errors, standard deviations [Z, Z] as in
-      `newton_step`).
+      `newton_step`, whether W is orthogonal).
     """
     xp, count, v_blocks = library(v), v.shape[1], blocks(v)
     num_looked = min(max(count // 4, _FEWEST), _MOST)
@@ -185,28 +199,33 @@ def newton(v, law, start, noise, first, *, max_iterations: int, tolerance: float
     # Below this rounding, not the data, makes the steps.
     floor = 2000 * float(xp.finfo(v.dtype).eps)
     shortest = 1 / math.sqrt(count)
+    pairs = max(len(start) * (len(start) - 1) / 2, 1)
 
     def body(carry):
-        w, coefficients, slope, residual, _, t = carry
+        w, coefficients, slope, residual, _, t, orthogonal = carry
+        squares = xp.square(w @ w.T).sum() - xp.square(xp.square(w).sum(axis=1)).sum()
+        dependent = squares / (2 * pairs) * count > 2 + 8 / math.sqrt(pairs)
+        orthogonal = orthogonal | (dependent & (t >= first + _FREE))
         estimate = lambda w: _scores.project(law, w, look, num_looked)
         keep = lambda _: (coefficients, slope)
         follow = (residual > _SETTLED) & (t < first + _FOLLOW)
         coefficients, slope = cond(follow, estimate, keep, w, xp)
-        step, deviation = newton_step(w, law, coefficients, slope, v_blocks, noise, count)
+        step, deviation = newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal)
         scale = xp.where(deviation > 0, deviation, shortest) + floor
         residual = xp.max(xp.abs(step) / scale)
         # Full steps, then shrinking ones: few examples can make the full ones go round in circles.
-        most = xp.minimum(1, 20 / (t + 1)) * xp.minimum(1, 0.3 / xp.maximum(xp.max(xp.abs(step)), 1e-30))
-        return w - (most * step) @ w, coefficients, slope, residual, deviation, t + 1
+        most = xp.minimum(1, 20 / (t - first + 1)) * xp.minimum(1, 0.3 / xp.maximum(xp.max(xp.abs(step)), 1e-30))
+        w = cond(orthogonal, polar, lambda w: w, w - (most * step) @ w, xp)
+        return w, coefficients, slope, residual, deviation, t + 1, orthogonal
 
     def going(carry):  # a NaN ends the loop too: the comparison is false
         return (carry[3] > tolerance) & (carry[5] < max_iterations)
 
     nothing = xp.zeros((len(start), law.size), start.dtype)
     infinite = xp.asarray(math.inf, start.dtype)
-    carry = (start, nothing, nothing[:, 0], infinite, xp.zeros_like(start), first)
-    w, _, _, residual, deviation, t = while_loop(going, body, carry, xp)
-    return w, t, residual, deviation
+    carry = (start, nothing, nothing[:, 0], infinite, xp.zeros_like(start), first, orthogonal)
+    w, _, _, residual, deviation, t, orthogonal = while_loop(going, body, carry, xp)
+    return w, t, residual, deviation, orthogonal
 
 
 def default_scale(count: int) -> float:
@@ -232,7 +251,7 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     num_sources, count = v.shape
     look = some_columns(v, _FIRST_LOOK)
     first_steps = max(min(max_iterations // 2, _FIRST_STEPS), 1)
-    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=1e-3)
+    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=1e-4)
     if len(starts) == 1:
         w, t, _ = run(starts[0])
     else:
@@ -257,14 +276,15 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         table = _scores.score_table(source, s[rows], d[rows], jnp.result_type(float) if xp is np else v.dtype)
         return _scores.NamedLaw(np.asarray(table, v.dtype) if xp is np else table), s, d
 
+    orthogonal = xp.asarray(False)
     # The share of observation noise in each source, and with it the law, is known only after a first fit.
     for _ in range(2 if observed and source is not None else 1):
         law, s, d = law_at(w)
         limits = {"max_iterations": max_iterations - 2, "tolerance": _SETTLED}
         if xp is np and count > 2 * _FIRST_LOOK:  # JAX would compile it all twice
-            w, t, _, _ = newton(look, law, w, noise, t, **limits)
+            w, t, _, _, orthogonal = newton(look, law, w, noise, orthogonal, t, **limits)
         limits = {"max_iterations": max_iterations, "tolerance": tolerance}
-        w, t, residual, leakage = newton(v, law, w, noise, t, **limits)
+        w, t, residual, leakage, orthogonal = newton(v, law, w, noise, orthogonal, t, **limits)
     if likelihood:
         w = _likelihood_scale(w, law, d, blocks(v))
     return {"rotation": w, "noise_scale": s, "num_iterations": t, "residual": residual, "leakage": leakage}

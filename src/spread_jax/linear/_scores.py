@@ -128,7 +128,7 @@ def project(law, w, v_blocks, count):
     covariance, noise, f, off, d = mean_over(statistics, v_blocks)
     covariance = covariance - f[:, :, None] * f[:, None, :]
     noise = noise - off[:, :, None] * off[:, None, :]
-    lengths = xp.sqrt(xp.maximum(xp.diagonal(covariance, axis1=1, axis2=2), 1e-12))
+    lengths = xp.sqrt(xp.maximum(xp.diagonal(covariance, axis1=1, axis2=2), _RIDGE))
     outer = lengths[:, :, None] * lengths[:, None, :]
     b, v = covariance / outer + _RIDGE * xp.eye(size, dtype=covariance.dtype), noise / outer
     d = d / lengths

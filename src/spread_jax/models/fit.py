@@ -40,13 +40,13 @@ from spread_jax.training import (
 
 __all__ = ["RESUMABLE", "evaluation_key", "fit", "shown_latents"]
 
+LOCAL = ("data.cache_dir",)  # a place on this machine, which no folder from elsewhere may name
 # What may differ when a run is resumed: these change what is recorded and kept, not what is computed.
 RESUMABLE = (
     *(f"fit.{name}" for name in (
         "steps", "devices", "model_parallel", "record_every", "sample_every", "save_every", "keep", "held_out_examples",
     )),
     "data.data",  # may have moved; its pixels are compared by their fingerprint
-    "data.cache_dir",
 )  # fmt: skip
 
 
@@ -142,7 +142,12 @@ def fit(
     }
     planned = _planned_steps(Path(run_dir))
     with RunDirectory.open(
-        Path(run_dir), config, resumable_keys=(*RESUMABLE, *resumable), tensorboard=tensorboard, on_log=on_log
+        Path(run_dir),
+        config,
+        resumable_keys=(*RESUMABLE, *resumable),
+        local_keys=LOCAL,
+        tensorboard=tensorboard,
+        on_log=on_log,
     ) as folder:
         job = _Job(method, settings, splits, folder, mesh, say, quiet, pictures, planned)
         done = finished_steps(folder)
@@ -180,7 +185,12 @@ def fit(
             job.draw(trained)
             title = ", ".join(str(part) for part in (config.get("preset"), f"seed {settings.seed}") if part)
             if panels := _panels(method, trained.records):
-                save_curves(trained.records, panels, folder.save_figure_path("curves.png"), title=title)
+                save_curves(
+                    trained.records,
+                    panels,
+                    folder.save_figure_path("curves.png", caption="Metrics against the step.", section="Curves"),
+                    title=title,
+                )
         if extra_results is not None:
             results |= extra_results(trained, splits)
         folder.write_results(results)
@@ -267,13 +277,8 @@ class _Job:
 
     def saver(self) -> Checkpointer:
         metric, mode = self.method.best_metric or (None, "max")
-        return Checkpointer(
-            self.folder.checkpoints_path,
-            keep=self.settings.keep,
-            best_metric=metric and f"validation_{metric}",
-            best_mode=mode,
-            run=self.folder.identity,
-        )
+        best = metric and f"validation_{metric}"
+        return self.folder.checkpointer(keep=self.settings.keep, best_metric=best, best_mode=mode)
 
     def restored(self):
         """The state of the newest checkpoint."""

@@ -30,8 +30,17 @@ def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latent
     grid = image_grid(samples, columns=8, scale=scale)
     (folder.path / "samples").mkdir(exist_ok=True)
     save_image(grid, folder.path / "samples" / f"step_{int(run.state.step):06d}.png")
-    save_image(grid, folder.save_figure_path("samples.png"))
-    save_image(image_grid(between, columns=10, scale=scale), folder.save_figure_path("interpolations.png"))
+    path = folder.save_figure_path(
+        "samples.png", caption="Samples x = g(z), z from the prior; none is selected.", section="Samples", grid=True
+    )
+    save_image(grid, path)
+    path = folder.save_figure_path(
+        "interpolations.png",
+        caption="Each row: along the arc from one latent to another.",
+        section="Interpolations",
+        grid=True,
+    )
+    save_image(image_grid(between, columns=10, scale=scale), path)
     if run.has_encoder:
         images = images[:12]
 
@@ -40,7 +49,14 @@ def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latent
             return found.seen, again
 
         rows = np.concatenate([images / 255.0, *in_batches(seen_and_decoded, images)])
-        save_image(image_grid(rows, columns=len(images), scale=scale), folder.save_figure_path("reconstructions.png"))
+        path = folder.save_figure_path(
+            "reconstructions.png",
+            caption="Held-out images, what the encoder sees of them, and g of its mean.",
+            section="Reconstructions",
+            grid=True,
+            real_images=True,
+        )
+        save_image(image_grid(rows, columns=len(images), scale=scale), path)
 
 
 def spherical_interpolation(start: np.ndarray, end: np.ndarray, *, num: int) -> np.ndarray:

@@ -22,8 +22,11 @@ _END = 4  # pixels along a side from which on nothing is halved
 class _Conditional(Network):
     """What both share: layers modulated by the scale of the noise."""
 
-    def _modulated(self, h: jax.Array, sigma: jax.Array) -> jax.Array:
-        """Normalised over one example's pixels and channels, then scaled and shifted by functions of log sigma."""
+    def _modulated(self, h: jax.Array, sigma: jax.Array, *, first: bool = False) -> jax.Array:
+        """Normalised over one example's pixels and channels, then scaled and shifted by functions of log sigma.
+
+        The first layer's is not normalised: it would hide how bright and how full of contrast an image is.
+        """
         # From 1/4, which is the c_noise of Karras et al., to 8 radians for each factor e of sigma.
         frequencies = 2.0 ** jnp.arange(-2, 4, dtype=sigma.dtype)
         angles = jnp.log(jnp.maximum(sigma, _SMALLEST))[:, None] * frequencies[None]
@@ -31,7 +34,8 @@ class _Conditional(Network):
         zeros = nn.initializers.zeros_init()  # a plain normalisation at first
         modulation = nn.Dense(2 * h.shape[-1], kernel_init=zeros, dtype=self.dtype)(waves)[:, None, None]
         scale, shift = jnp.split(modulation, 2, axis=-1)
-        h = nn.GroupNorm(num_groups=1, epsilon=1e-5, use_scale=False, use_bias=False, dtype=self.dtype)(h)
+        if not first:
+            h = nn.GroupNorm(num_groups=1, epsilon=1e-5, use_scale=False, use_bias=False, dtype=self.dtype)(h)
         return h * (1 + scale) + shift
 
 
@@ -39,9 +43,10 @@ class ScaleCritic(_Conditional):
     """v(y, sigma), a critic that is told the scale of the noise: 5x5 stride-2 convolutions, then a dense layer.
 
     y is divided by sqrt(s^2 + sigma^2), s being the scale of the data, so that every scale of noise looks alike.
-    Convolutions halve it to 4x4 or less, with width, 2 width, 4 width and from there 8 width channels, each followed by
-    a normalisation over the example (a group norm of one group), whose scale and shift are functions of log sigma, and
-    leaky ReLU 0.2. The last layer starts at 0, so v = 0: data and samples are equally likely.
+    Convolutions halve it to 4x4 or less, with width, 2 width, 4 width and from there 8 width channels. Each is followed
+    by a normalisation over the example (a group norm of one group; not the first, as in `Critic`), a scale and a shift
+    that are functions of log sigma, and leaky ReLU 0.2. The last layer starts at 0, so v = 0: data and samples are
+    equally likely.
 
     Attributes:
       width: channels of the first convolution.
@@ -76,7 +81,7 @@ class ScaleCritic(_Conditional):
         block = 0
         while max(h.shape[1:3]) > _END:
             h = self.layer(Conv, min(2**block, MOST) * self.width, stride=2, use_bias=False)(h)
-            h = nn.leaky_relu(self._modulated(h, sigma), 0.2)
+            h = nn.leaky_relu(self._modulated(h, sigma, first=block == 0), 0.2)
             block += 1
         return score_head(h)
 
@@ -91,8 +96,8 @@ class Denoiser(_Conditional):
     is of order one at every scale. F takes blocks of 2x2 pixels for channels, and gives such. 5x5 convolutions halve
     the image from there while its sides are even and above 4, from width to 2 width, 4 width and from there 8 width
     channels, and transposed ones double it again, adding what there was at each size; the others are 3x3. Every layer
-    but the last is followed by a normalisation over the example, whose scale and shift are functions of log sigma, and
-    SiLU. The last starts at 0: then D = m + c_skip (y - m).
+    but the last is followed by a normalisation over the example (not the first), a scale and a shift that are functions
+    of log sigma, and SiLU. The last starts at 0: then D = m + c_skip (y - m).
 
     Attributes:
       width: channels at half the image's size.
@@ -136,8 +141,8 @@ class Denoiser(_Conditional):
     def _correction(self, y, sigma):
         """F, of order one."""
         blocks = _to_blocks(y)
-        after = lambda h: nn.silu(self._modulated(h, sigma))
-        h = after(self.layer(Conv, self.width, kernel_size=(3, 3), use_bias=False)(blocks))
+        after = lambda h, **settings: nn.silu(self._modulated(h, sigma, **settings))
+        h = after(self.layer(Conv, self.width, kernel_size=(3, 3), use_bias=False)(blocks), first=True)
         passed = []
         while all(side % 2 == 0 and side > _END for side in h.shape[1:3]):
             passed.append(h)
