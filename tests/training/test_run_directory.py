@@ -114,7 +114,7 @@ def test_the_identity_is_that_of_what_cannot_change(tmp_path):
 
 def test_places_on_this_machine_are_neither_kept_nor_believed(tmp_path):
     """A stranger's `cache_dir` was written to, and cleaned."""
-    keys = {"resumable_keys": ["steps"], "local_keys": ["cache_dir", "data.folder"]}
+    keys = {"local_keys": ["cache_dir", "data.folder"]}
     config = {"seed": 0, "cache_dir": "/home/me", "data": {"folder": "/home/me/photos", "size": 8}}
     for moved in (config, {**config, "cache_dir": None}):
         with open_run(tmp_path, moved, **keys) as run:
@@ -124,8 +124,7 @@ def test_places_on_this_machine_are_neither_kept_nor_believed(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hostile))
     with RunDirectory.reopen(tmp_path, **keys) as reopened:
         assert reopened.config == run.config
-        assert reopened.identity == run.identity
-        assert read_run(tmp_path, **keys)[1:] == (run.config, None, run.identity)  # while it is in use
+        assert read_run(tmp_path, **keys)[1:] == (run.config, None, None)  # while it is in use
     with open_run(tmp_path, config, **keys) as run:
         run.write_results({"steps": 3})
     assert read_run(tmp_path, **keys).results == {"steps": 3}
@@ -135,14 +134,16 @@ def test_checkpoints_of_another_run_are_refused_after_training_too(tmp_path):
     """Of the same shapes: only the seed differs."""
     state = {"w": np.arange(3.0)}
     for seed in (0, 1):
-        with open_run(tmp_path / str(seed), {"seed": seed}) as run, run.checkpointer() as checkpointer:
+        config = {"seed": seed, "steps": 3}
+        with open_run(tmp_path / str(seed), config) as run, run.checkpointer() as checkpointer:
             checkpointer.save(1, state)
+        assert read_run(tmp_path / str(seed)).identity == run.identity
         with read_run(tmp_path / str(seed)).checkpointer() as checkpointer:
             assert checkpointer.restore(state).step == 1
     shutil.rmtree(tmp_path / "0" / "checkpoints")
     shutil.copytree(tmp_path / "1" / "checkpoints", tmp_path / "0" / "checkpoints")
-    with RunDirectory.reopen(tmp_path / "0", resumable_keys=["steps"]) as run:
-        for opened in (run.checkpointer(), read_run(tmp_path / "0", resumable_keys=["steps"]).checkpointer()):
+    with RunDirectory.reopen(tmp_path / "0") as run:
+        for opened in (run.checkpointer(), read_run(tmp_path / "0").checkpointer()):
             with opened, pytest.raises(CheckpointError, match="saved by a run with other settings"):
                 opened.restore(state)
 
@@ -278,7 +279,7 @@ def test_what_a_run_writes_goes_through_no_link_that_is_planted_meanwhile(tmp_pa
         run.save_figure_path("a", caption="what the stranger chose")
         with pytest.raises(RunDirectoryError, match=r"metrics\.jsonl could not be written: it is a symbolic link"):
             run.log_metrics(1, {"a": 1.0})
-        with pytest.raises(CheckpointError, match="symbolic link"), run.checkpointer() as checkpointer:
+        with run.checkpointer() as checkpointer:
             checkpointer.save(1, {"w": np.ones(2)})
     assert outside.read_text() == "mine"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -12,12 +13,22 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from spread_jax._files import LEFTOVER, is_lasting, odd_entry, open_regular, read_json, reason, write_atomically
-from spread_jax.training._config import RunDirectoryError, differences, identity_of, without
+from spread_jax._files import (
+    LEFTOVER,
+    is_lasting,
+    odd_entry,
+    open_regular,
+    read_json,
+    read_regular,
+    reason,
+    write_atomically,
+)
+from spread_jax.training._config import RunDirectoryError, differences, without
 from spread_jax.training._metrics import cannot_write
 from spread_jax.training.checkpoint import Checkpointer
 
 CHECKPOINTS = "checkpoints"
+MARK = ".checkpointed"
 
 
 class SavedRun(NamedTuple):
@@ -27,13 +38,13 @@ class SavedRun(NamedTuple):
       path: the folder.
       config: what the run was started with, less the keys that name places on a machine.
       results: what it ended with, or None.
-      identity: as `RunDirectory.identity`.
+      identity: as `RunDirectory.identity`, once a checkpoint was sealed; None before that.
     """
 
     path: Path
     config: dict[str, Any]
     results: dict[str, Any] | None
-    identity: str
+    identity: str | None
 
     @property
     def last_step(self) -> int | None:
@@ -57,14 +68,11 @@ class SavedRun(NamedTuple):
         return Checkpointer(self.path / CHECKPOINTS, run=self.identity, read_only=True, **options)
 
 
-def read_run(
-    path: str | os.PathLike[str], *, resumable_keys: Collection[str] = (), local_keys: Collection[str] = ()
-) -> SavedRun:
+def read_run(path: str | os.PathLike[str], *, local_keys: Collection[str] = ()) -> SavedRun:
     """Reads the folder of a run, which may be in use, or come from a stranger; nothing is written or locked.
 
     Args:
       path: the folder.
-      resumable_keys: those that the run was opened with.
       local_keys: those that the run was opened with: where a folder has them all the same, they are not read.
 
     Returns:
@@ -91,7 +99,13 @@ def read_run(
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{folder / 'config.json'} cannot be read: {reason(error)}") from error
     _refuse_odd_entries(folder)
-    return SavedRun(folder, saved, results_of(folder), identity_of(saved, resumable_keys))
+    return SavedRun(folder, saved, results_of(folder), _sealed_identity(folder))
+
+
+def _sealed_identity(folder: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return read_regular(folder / MARK, most=100).decode() or None
+    return None
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -37,7 +37,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from spread_jax._files import flush_folder, open_regular, reason
+from spread_jax._files import flush_folder, reason, write_atomically
 from spread_jax._progress import tell
 from spread_jax.runtime import numerics
 from spread_jax.training._leaves import (
@@ -126,8 +126,8 @@ class Checkpointer:
         hashing and flushing to a thread; otherwise it returns when the step is sealed.
       run: what identifies the run, such as `RunDirectory.identity`; it is sealed with every step, and a step that
         was sealed with another is refused. None accepts every step.
-      mark: a file outside of ``directory`` that is made once a step is sealed; with it, a folder without any step is
-        an error and no new run.
+      mark: a file outside of ``directory`` that is written once a step is sealed, and holds ``run``; where it is there,
+        a folder without any step is an error and no new run.
       read_only: whether nothing in the folder may be changed: ``save`` is refused and damaged steps are passed over.
       log: called with a sentence when a checkpoint is found damaged; prints to stderr by default.
 
@@ -176,6 +176,7 @@ class Checkpointer:
         self._asynchronous = asynchronous
         self._run = run
         self._mark = None if mark is None else Path(mark)
+        self._marked = False
         self._read_only = read_only
         self._log = log or tell
         self._thread: threading.Thread | None = None
@@ -277,8 +278,9 @@ class Checkpointer:
                 write_seal(unsealed, step, metrics, specs, self._run)
                 os.rename(unsealed, self.directory / str(step))
                 flush_folder(self.directory)
-                if self._mark is not None:
-                    open_regular(self._mark, os.O_WRONLY | os.O_CREAT).close()
+                if self._mark is not None and not self._marked:
+                    write_atomically(self._mark, self._run or "")
+                    self._marked = True
         except Exception as error:
             self._failure = self._failed(step, needed, error)
             return

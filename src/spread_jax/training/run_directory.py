@@ -6,7 +6,8 @@
     checkpoints/      see ``Checkpointer``
     *.png             figures; figures.json has their captions
     results.json      written when the run is finished
-    .checkpointed     made when the first checkpoint is sealed: without any, the run is not begun again in silence
+    .checkpointed     the identity of the run, once a checkpoint is sealed: where all are gone, or another run's are in
+                      their place, it is not begun again in silence
     .lock             held by the process that writes to the folder; a crash frees it
 
 JSON has no numbers for NaN and the infinities: they are written as the strings "nan", "inf" and
@@ -31,6 +32,7 @@ from spread_jax._progress import tell
 from spread_jax.training._config import RunDirectoryError, identity_of, plain, without
 from spread_jax.training._folder import (
     CHECKPOINTS,
+    MARK,
     SavedRun,
     absolute,
     lock,
@@ -56,7 +58,7 @@ class RunDirectory:
       path: the folder.
       config: the configuration as it was written to ``config.json``.
       identity: a digest of the configuration without its resumable keys, the same for every process of a run, sealed
-        with its checkpoints.
+        with its checkpoints. After ``reopen`` that of the sealed ones, or None.
 
     Example:
       >>> import tempfile, os
@@ -72,7 +74,7 @@ class RunDirectory:
         self,
         path: Path,
         config: dict[str, Any],
-        identity: str,
+        identity: str | None,
         lock: BinaryIO,
         *,
         log: Callable[[str], None],
@@ -174,7 +176,6 @@ class RunDirectory:
         cls,
         path: str | os.PathLike[str],
         *,
-        resumable_keys: Collection[str] = (),
         local_keys: Collection[str] = (),
         log: Callable[[str], None] | None = None,
     ) -> RunDirectory:
@@ -184,7 +185,6 @@ class RunDirectory:
 
         Args:
           path: the folder.
-          resumable_keys: those that the run was opened with.
           local_keys: as in ``read_run``.
           log: as in ``open``.
 
@@ -203,7 +203,7 @@ class RunDirectory:
           ...     run.config
           {'seed': 3}
         """
-        saved = read_run(path, resumable_keys=resumable_keys, local_keys=local_keys)
+        saved = read_run(path, local_keys=local_keys)
         return cls(saved.path, saved.config, saved.identity, lock(saved.path), log=log or tell, tensorboard=False)
 
     def __enter__(self) -> RunDirectory:
@@ -327,7 +327,7 @@ class RunDirectory:
           1
         """
         log = self._log if self._temporary is None else tell
-        options = {"run": self.identity, "log": log, "mark": self._shared / ".checkpointed", **options}
+        options = {"run": self.identity, "log": log, "mark": self._shared / MARK, **options}
         return Checkpointer(self.checkpoints_path, **options)
 
     @property
