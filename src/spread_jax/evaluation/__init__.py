@@ -7,7 +7,6 @@ from spread_jax.evaluation.bounds import (
     annealed_importance_sampling,
     held_out_bound,
 )
-from spread_jax.evaluation.detail import relative_sharpness, sharpness
 from spread_jax.evaluation.distances import (
     Moments,
     PrecisionRecall,
