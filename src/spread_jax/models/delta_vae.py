@@ -114,8 +114,9 @@ class DeltaVae(SpreadMethod):
         encode, decode = (
             self.network(part, state.params, state.variables, train=False) for part in ("encoder", "generator")
         )
-        y = noise.sample(x, key=jax.random.split(key)[0])
-        terms = spread_elbo(x, encode, decode, noise, key=key, spread_samples=y)
+        spread_key, latent_key = jax.random.split(key)
+        y = noise.sample(x, key=spread_key)
+        terms = spread_elbo(x, encode, decode, noise, key=latent_key, spread_samples=y)
         return {
             "elbo_nats": terms.elbo,
             "kl_nats": terms.kl,

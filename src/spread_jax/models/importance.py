@@ -76,9 +76,10 @@ class ImportanceWeighted(DeltaVae):
         encode, decode = (
             self.network(part, state.params, state.variables, train=False) for part in ("encoder", "generator")
         )
-        y = noise.sample(x, key=jax.random.split(key)[0])
+        spread_key, latent_key = jax.random.split(key)
+        y = noise.sample(x, key=spread_key)
         terms = spread_importance_bound(
-            x, encode, decode, noise, key=key, num_samples=self.importance_samples, spread_samples=y
+            x, encode, decode, noise, key=latent_key, num_samples=self.importance_samples, spread_samples=y
         )
         found = super().evaluate(state, x, key=key)
         return {
