@@ -160,6 +160,7 @@ def project(law, w, v_blocks, count):
     return coefficients, (coefficients * (d * lengths)).sum(axis=1)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def score_table(source: Source, model_scale: jax.Array, data_scale: jax.Array, dtype) -> jax.Array:
     """psi~(u) = E psi_s(u + d epsilon), epsilon ~ N(0, 1), on the grid of u: [rows, points].
 
