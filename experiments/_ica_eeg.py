@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spread_jax.linear.eeg import fit_mne
+from spread_jax.linear import eeg
 
 RATE, SECONDS, COMPONENTS = 250, 120, 20
 
@@ -68,7 +68,7 @@ def clean(raw, blinks: np.ndarray, method: str, seed: int):
     name = "infomax" if method == "spread" else method
     ica = mne.preprocessing.ICA(COMPONENTS, method=name, random_state=seed, max_iter="auto", **extended)
     began = time.process_time()
-    ica = fit_mne(ica, raw, random_state=seed) if method == "spread" else ica.fit(raw)
+    ica = eeg.fit_mne(ica, raw, random_state=seed) if method == "spread" else ica.fit(raw)
     seconds = time.process_time() - began
     course = blinks[np.abs(blinks).max(axis=1).argmax()]
     correlation = np.abs(np.corrcoef(np.vstack([ica.get_sources(raw).get_data(), course]))[-1, :-1])
