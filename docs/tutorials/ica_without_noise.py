@@ -149,8 +149,8 @@ print(f"frozen: error {error(np.asarray(frozen.mixing)):.3f}, converged: {bool(f
 # %% [markdown]
 # ## 4. What if the sources are not Laplace?
 #
-# Nothing has to be known: by default (`source="auto"`) each source gets the spread scale which suits it. Here are one
-# source with flat and one with very heavy tails:
+# Nothing has to be known: by default (`source="auto"`) the score of each source is estimated from the data. Here are
+# one source with flat and one with very heavy tails:
 
 # %%
 flat, heavy = jax.random.split(jax.random.key(2))

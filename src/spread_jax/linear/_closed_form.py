@@ -25,9 +25,6 @@ _FIRST_STEPS = 100
 _SETTLED, _FOLLOW = 0.5, 8
 # Steps before it is asked whether the estimates are correlated.
 _FREE = 5
-# Two sources whose share in each other is uncertain by more than this variance cannot be told apart: turned by any
-# angle they explain the data as well. Of Gaussian sources, chance seldom makes it smaller.
-_UNTOLD = 0.01
 
 
 def polar(w):
@@ -159,7 +156,7 @@ def newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal)
     safe = determinant > 1e-6 * xp.abs(h * h.T)
     divisor = xp.where(safe, determinant, 1)
     variance = xp.where(safe, xp.maximum(variance, 0) / (divisor * divisor * count), 1)
-    told = safe & (variance < _UNTOLD)
+    told = safe & (variance < law.untold)
     told = told & told.T
     # A pair that cannot be told apart is made uncorrelated and not turned.
     uncorrelate = (f + f.T) / xp.maximum(h + h.T + clean + clean.T, tiny)
@@ -167,7 +164,7 @@ def newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal)
     rise = h + h.T - clean - clean.T
     rest = (square - a * a)[:, None] + (square - a * a)[None, :]
     turn_variance = (rest / xp.maximum(rise * rise, tiny) + 0.25) / count
-    turns = (rise > 1e-6) & (turn_variance < _UNTOLD)
+    turns = (rise > 1e-6) & (turn_variance < law.untold)
     turn = xp.where(turns, (f - f.T) / xp.where(turns, rise, 1), 0)
     step = xp.where(orthogonal, turn, step)
     told, variance = xp.where(orthogonal, turns, told), xp.where(orthogonal, turn_variance, variance)

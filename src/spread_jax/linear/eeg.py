@@ -113,7 +113,7 @@ def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0
       ica = fit_mne(mne.preprocessing.ICA(n_components=20), raw, random_state=0)
       ica.plot_components()
     """
-    ica.method, ica.max_iter, ica.fit_params = "infomax", 1, {}
+    ica.method, ica.fit_params = "infomax", {"max_iter": 1}
     ica.fit(inst, **fit)
     sources = ica.get_sources(inst).get_data()
     if sources.ndim == 3:  # epochs
@@ -123,8 +123,7 @@ def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0
     )
     unmixing = W @ K @ ica.unmixing_matrix_
     mixing = np.linalg.pinv(unmixing)
-    # By the variance that they explain in the principal components, which MNE has whitened.
-    order, signs = stable_order(mixing * np.sqrt(ica.pca_explained_variance_[: len(mixing), None]))
+    order, signs = stable_order(mixing)
     ica.unmixing_matrix_ = (unmixing * signs[:, None])[order]
     ica.mixing_matrix_ = (mixing * signs)[:, order]
     ica.n_iter_, ica.method = num_iterations, "spread"
