@@ -32,10 +32,13 @@ def open_split_of(data: DataSettings, run: Trained, split: str, *, quiet: bool =
         data.data, split, image_size=data.image_size, crop=data.crop, channels=run.method.image_shape[2],
         max_examples=data.max_examples, cache_dir=data.cache_dir, **({"progress": lambda *_: None} if quiet else {}),
     )  # fmt: skip
-    wanted = saved_config(run.path).get("data_fingerprint")
-    if split == "train" and dataset.fingerprint != wanted:
+    saved = saved_config(run.path)
+    held_out = saved.get("held_out_fingerprints")
+    known = {**(held_out if isinstance(held_out, dict) else {}), "train": saved.get("data_fingerprint")}
+    wanted = known.get(split, dataset.fingerprint)
+    if dataset.fingerprint != wanted:
         raise UsageError(
-            f"{dataset.source} is not what the run was trained on: its pixels have the fingerprint "
+            f"{dataset.source} ({split}) is not what the run was trained on: its pixels have the fingerprint "
             f"{dataset.fingerprint}, the run's {json.dumps(wanted)[:40]}. Pass the run's data with --data."
         )
     return dataset
