@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 from spread_jax.data import Dataset, open_dataset
+from spread_jax.data.dataset import NAMES
+from spread_jax.data.places import recall
 from spread_jax.errors import UsageError
 from spread_jax.models import DataSettings, Trained
 from spread_jax.models.run import saved_config
@@ -15,7 +17,8 @@ def data_of(run: Trained, data: str | None, cache_dir: str | None) -> DataSettin
 
     Args:
       run: from its folder.
-      data: where the data is now; where it was if None.
+      data: where the data is now. If None, one of the data sets with a name, or where this user has trained on it:
+        a path in the folder of a run may be a stranger's.
       cache_dir: of decoded images; the usual place if None.
     """
     saved = saved_config(run.path).get("data")
@@ -23,6 +26,13 @@ def data_of(run: Trained, data: str | None, cache_dir: str | None) -> DataSettin
     known = {name: saved.get(name) for name in ("crop", "max_examples")}
     if not all(value is None or type(value) is int for value in known.values()) or type(saved.get("data")) is not str:
         raise UsageError(f"{run.path / 'config.json'} does not say what the run was trained on: pass --data.")
+    if data is None and saved["data"] not in NAMES:
+        data = recall(saved_config(run.path).get("data_fingerprint"), cache_dir=cache_dir)
+        if data is None:
+            raise UsageError(
+                f"{run.path} was trained on {json.dumps(saved['data'])[:200]}, and not on this machine by you: pass "
+                "--data with the path of that data."
+            )
     return DataSettings(data or saved["data"], image_size=run.method.image_shape[0], cache_dir=cache_dir, **known)
 
 

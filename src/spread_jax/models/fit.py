@@ -15,6 +15,7 @@ import numpy as np
 from spread_jax._files import read_json
 from spread_jax._progress import Progress, tell
 from spread_jax.data import Dataset
+from spread_jax.data.places import remember
 from spread_jax.errors import UsageError
 from spread_jax.evaluation import save_curves, write_report
 from spread_jax.models._saved import to_json
@@ -120,6 +121,7 @@ def fit(
     else:
         data = data if isinstance(data, DataSettings) else DataSettings(os.fspath(data))
         splits = open_splits(data, quiet=quiet)
+        remember(splits["train"], data.data, cache_dir=data.cache_dir)
         say(f"data: {splits['train'].source}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()))
     train_split = splits["train"]
     method = dataclasses.replace(method, image_shape=tuple(train_split.image_shape))
