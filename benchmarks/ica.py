@@ -421,7 +421,7 @@ def mixes_as_markdown(config: Config, rows: list[dict]) -> list[str]:
         "## Sources of different laws",
         "",
         f"`python -m benchmarks.ica --part mixes --seeds {config.seeds} --large-seeds {config.large_seeds}`. Mean "
-        "direction errors of the fits that find every source; in brackets the number of those that do not. The bound is "
+        "direction errors of the fits that find every source; in brackets how many do not. The bound is "
         "Cramér and Rao's for the laws, where their information is finite. In bold what is better than SpreadICA by "
         "more than 5 %: of two sources the error is one number, so that each mean is known to 10 to 20 %.",
     ]

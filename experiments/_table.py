@@ -33,6 +33,7 @@ ROWS = {
     "transformed": Row("learned location"),
     "wae_mmd": Row("WAE-MMD"),
     "spread_gan": Row("spread GAN"),
+    "density_ratio": Row("many scales"),
     "learned_sigma": Row("VAE, learned sigma", ("vae",)),
     "last_step": Row("fixed, last step"),
     "flow": Row("fixed, flow of latents"),
@@ -43,7 +44,7 @@ ROWS = {
 ROWS |= {
     f"{name}_mixture": Row(f"{row.title}, mixture of latents", (name, *(f"{other}_mixture" for other in row.baselines)))
     for name, row in ROWS.items()
-    if name not in ("spread_gan", "last_step", "flow")
+    if name not in ("spread_gan", "density_ratio", "last_step", "flow")
 }
 
 

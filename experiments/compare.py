@@ -7,6 +7,7 @@
   transformed      Gaussian spread noise around a learned location
   wae_mmd          Wasserstein autoencoder
   spread_gan       GAN whose critic sees spread images
+  density_ratio    a critic that is told the scale of the noise, over many scales
   learned_sigma    vae, its standard deviation trained
   constant_sigma   fixed, the final noise scale from the start
   importance       fixed, by the importance-weighted bound
@@ -68,6 +69,10 @@ TRAINED: dict[str, Callable[[flags.Parsed], Method]] = {
     "transformed": lambda typed: typed.build("spread_elbo", "transformed"),
     "wae_mmd": lambda typed: typed.build("wae_mmd"),
     "spread_gan": lambda typed: typed.build("spread_gan"),
+    # With its own pace: what suits a game at one annealed scale is too fast for it.
+    "density_ratio": lambda typed: typed.build(
+        "density_ratio", generator_learning_rate=3e-4, critic_learning_rate=3e-4, final_learning_rate_fraction=1.0
+    ),
     "learned_sigma": lambda typed: typed.build("elbo", learned_scale=True),
     "constant_sigma": lambda typed: typed.build("spread_elbo", noise_scale=typed.settings["final_noise_scale"]),
     "importance": lambda typed: typed.build("importance"),

@@ -251,6 +251,11 @@ def test_methods_differ_in_what_they_say_alone():
         "transformed": ("spread_elbo", "transformed", {}),
         "wae_mmd": ("wae_mmd", None, {"mmd_weight": 10.0}),
         "spread_gan": ("spread_gan", "gaussian", {"critic_learning_rate": 2e-3, "generator_learning_rate": 1e-3}),
+        "density_ratio": (
+            "density_ratio",
+            None,
+            {"critic_learning_rate": 3e-4, "generator_learning_rate": 3e-4, "final_learning_rate_fraction": 1.0},
+        ),
         "learned_sigma": ("elbo", "gaussian", {"learned_scale": True}),
         "constant_sigma": ("spread_elbo", "gaussian", {"noise_scale": 0.3}),
         "importance": ("importance", "gaussian", {"importance_samples": 5}),

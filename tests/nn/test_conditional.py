@@ -49,6 +49,8 @@ def column(sigma):
         ((24, 40, 1), [1, 2, 4, 8, 16], [2, 4, 8]),
     ],
 )
+@jax.numpy_rank_promotion("raise")
+@jax.numpy_dtype_promotion("strict")
 def test_any_size(shape, critic, denoiser):
     """Channels alone: the critic halves to 4x4 or less, the denoiser down and up while halves are whole and above 4."""
     y, key = jnp.zeros((2, *shape)), jax.random.key(0)

@@ -119,6 +119,8 @@ SIZES = [(16, 1), (28, 3), (32, 1), (56, 3), (64, 1), (112, 1), (128, 3), (224, 
 
 
 @pytest.mark.parametrize(("side", "channels"), SIZES)
+@jax.numpy_rank_promotion("raise")
+@jax.numpy_dtype_promotion("strict")
 def test_networks_for_every_size(side, channels):
     """Shapes alone: each halves down to 4x4 or 7x7 or comes up from there, and none is wider than 8 times the width."""
     shape = (side, side, channels)

@@ -300,6 +300,15 @@ def test_micro_batches_of_both_players():
     assert int(state.variables["calls"]) == 4
 
 
+def test_each_micro_batch_has_a_key_of_its_own():
+    drawn = lambda params, variables, batch, *, key, step: (jax.random.normal(key) * params["w"], LossOutput({}, {}))
+    player = Player("model", ("w",), drawn, SGD)
+    state = create_train_state({"w": jnp.ones(())}, {}, [player], key=jax.random.key(7))
+    _, metrics = make_train_step([player], accumulate=4)(state, jnp.ones(8))
+    keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(7), 0), index) for index in range(4)]
+    np.testing.assert_allclose(metrics["model_loss"], np.mean([jax.random.normal(key) for key in keys]), rtol=1e-6)
+
+
 def test_micro_batches_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="accumulate must divide the batch size, got 3 and 16 examples"):
         make_train_step(DENSE, accumulate=3)(dense_start(), jnp.ones((BATCH, 16)))

@@ -1,12 +1,12 @@
 """Evaluation: bounds with standard errors, distances between sets of features, pictures and reports."""
 
+from spread_jax.evaluation._sharpness import relative_sharpness, sharpness
 from spread_jax.evaluation.bounds import (
     AnnealedEstimate,
     HeldOutBound,
     annealed_importance_sampling,
     held_out_bound,
 )
-from spread_jax.evaluation.detail import relative_sharpness, sharpness
 from spread_jax.evaluation.distances import (
     Moments,
     PrecisionRecall,

@@ -124,10 +124,10 @@ class _LinearModel(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstima
             return f"{text} It has only {count} samples."
         names = getattr(self, "feature_names_in_", range(size))
         constant, dependent = ([str(names[j]) for j in found] for found in axes.redundant())
-        for what, found in (("constant", constant), ("linearly dependent on features before them", dependent)):
+        for what, found in (("Constant", constant), ("Linearly dependent on features before them", dependent)):
             if found:
                 more = ", ..." if len(found) > 10 else ""
-                text += f" Features {', '.join(found[:10])}{more} are {what}."
+                text += f" {what}: {', '.join(found[:10])}{more}."
         return f"{text} Give n_components={axes.rank} to keep them without this warning."
 
     def _warn_unless(self, converged):
@@ -381,9 +381,9 @@ class SpreadPCA(_LinearModel):
     Example:
       >>> import numpy as np
       >>> X = np.random.default_rng(0).normal(size=(100, 2)) @ np.array([[3.0, 0.0, 0.0], [0.0, 1.0, 1.0]])
-      >>> model = SpreadPCA().fit(X)
-      >>> model.n_components, model.mixing_.shape, bool(np.allclose(model.inverse_transform(model.transform(X)), X))
-      (None, (3, 2), True)
+      >>> model = SpreadPCA(2).fit(X)
+      >>> model.mixing_.shape, bool(np.allclose(model.inverse_transform(model.transform(X)), X))
+      ((3, 2), True)
     """
 
     def __init__(

@@ -284,7 +284,7 @@ class _FlaxConv(nn.Module):
             bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = function(x, kernel, self.stride, native=self.native)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias[None, None, None]
 
 
 class Conv(_FlaxConv):

@@ -306,7 +306,7 @@ class DenseCritic(_Network):
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
 
-    Source: the discriminator of Chen et al., InfoGAN, 2016, for the shape; the normalisation as in `Critic`.
+    Source: Chen et al., InfoGAN, 2016, for the shape; the normalisation as in `Critic`.
 
     Example:
       >>> import jax, jax.numpy as jnp
