@@ -12,8 +12,6 @@ from spread_jax.data.cache import cache_root
 from spread_jax.data.dataset import NAMES, Dataset
 from spread_jax.data.errors import DatasetError
 
-__all__ = ["recall", "remember"]
-
 
 def remember(dataset: Dataset, place: str, *, cache_dir: str | os.PathLike | None = None) -> None:
     """Keeps the path that a user has opened a data set by, under its fingerprint.
