@@ -12,7 +12,10 @@ import stat
 import numpy as np
 import pytest
 
+from spread_jax.cli import runs
+from spread_jax.errors import UsageError
 from spread_jax.evaluation import save_image, write_report
+from spread_jax.models import open_run
 from spread_jax.training import Checkpointer, CheckpointError, RunDirectory, RunDirectoryError, read_run
 
 STATE = {"w": np.arange(6.0)}
@@ -104,6 +107,12 @@ def sample(folder):
         checkpointer.restore(STATE)
 
 
+def list_and_open(folder):
+    assert [row[0] for row in runs.find(folder.parent) if row[0] == "run"] in ([], ["run"])
+    with contextlib.suppress(UsageError):  # it trains no generator
+        open_run(folder)
+
+
 def restore_alone(folder):
     with Checkpointer(folder / "checkpoints", log=lambda _: None) as checkpointer:
         checkpointer.restore(STATE)
@@ -133,6 +142,6 @@ def test_nothing_outside_of_a_hostile_run_folder_is_touched(kind, finished, tall
     for place in PLACES:
         # The folder that a checkpointer is given is its caller's own choice.
         own = (restore_alone,) if place.startswith("checkpoints/") else (write_report,)
-        for use in (resume, evaluate, sample, *own):
+        for use in (resume, evaluate, sample, list_and_open, *own):
             with contextlib.suppress(FileNotFoundError) if place == "config.json" else contextlib.nullcontext():
                 tally(f"hostile run folder: {kind}", check, place, use)

@@ -8,16 +8,19 @@ A table on a terminal (without colours where NO_COLOR is set), else one line for
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import os
 import sys
 from datetime import datetime
 from pathlib import Path
 
 import tyro
 
+from spread_jax._files import read_json
 from spread_jax.cli.flags import parse_plain
 from spread_jax.errors import UsageError
+from spread_jax.training import SavedRun
 
 # What may head a run, the first three that it has.
 _NUMBERS = {
@@ -44,11 +47,11 @@ def describe(folder: Path, root: Path) -> tuple[str, ...]:
     """The columns of one run."""
     config = _read(folder / "config.json")
     results = _read(folder / "results.json")
-    step = results.get("steps") or _last_step(folder / "metrics.jsonl")
+    step = results.get("steps") or SavedRun(folder, config, results, None).last_step
     found = [f"{label} {value:.4g}" for name, label in _NUMBERS.items()
              if isinstance(value := _value(results, name), (int, float)) and abs(value) < 1e300]  # fmt: skip
     preset = f"{config.get('preset', 'no preset')}, seed {config.get('seed', '?')}"
-    files = (path.stat().st_mtime for path in folder.iterdir() if path.is_file())
+    files = (path.lstat().st_mtime for path in folder.iterdir() if path.is_file())
     written = max(files, default=folder.stat().st_mtime)
     row = (
         str(folder.relative_to(root)) if folder != root else folder.name,
@@ -64,34 +67,28 @@ def describe(folder: Path, root: Path) -> tuple[str, ...]:
 
 def find(root: Path) -> list[tuple[str, ...]]:
     """The runs below a folder, newest last; a run's own folders are not searched."""
-    rows = []
-    for config in root.rglob("config.json"):
-        if "checkpoints" not in config.relative_to(root).parts:
-            rows.append(describe(config.parent, root))
+    rows, waiting = [], [root]
+    while waiting:
+        folder = waiting.pop()
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            names = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+            waiting += [folder / name for name, is_folder in names.items() if is_folder and name != "checkpoints"]
+            if "config.json" in names:
+                rows.append(describe(folder, root))
     return sorted(rows, key=lambda row: row[4])
 
 
 def _read(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _value(results: dict, name: str):
     for part in name.split("."):
         results = results.get(part) if isinstance(results, dict) else None
     return results
-
-
-def _last_step(path: Path) -> int | None:
-    """The step of the last whole line."""
-    try:
-        lines = path.read_bytes().split(b"\n")[:-1]
-        return int(json.loads(lines[-1])["step"])
-    except (OSError, ValueError, IndexError, KeyError, TypeError, OverflowError, RecursionError):
-        return None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -83,7 +83,7 @@ def cached_arrays(
     Raises:
         DatasetError: the cache's folder cannot be written, or the disk is full.
     """
-    root = _root(cache_dir)
+    root = cache_root(cache_dir)
     count = min(source.num_examples, max_examples or source.num_examples)
     full = _Entry(root, source, split, source.num_examples)
     entry = _Entry(root, source, split, count)
@@ -119,7 +119,12 @@ def cached_arrays(
     return found
 
 
-def _root(cache_dir: str | os.PathLike | None) -> Path:
+def cache_root(cache_dir: str | os.PathLike | None) -> Path:
+    """The cache's folder: the one given, else `default_cache_dir()`.
+
+    Raises:
+        DatasetError: there is none.
+    """
     try:
         return default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
     except (RuntimeError, UsageError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from spread_jax._files import read_json
 from spread_jax._progress import Progress, tell
 from spread_jax.data import Dataset
+from spread_jax.data.places import remember
 from spread_jax.errors import UsageError
 from spread_jax.evaluation import save_curves, write_report
 from spread_jax.models._saved import to_json
@@ -120,6 +121,7 @@ def fit(
     else:
         data = data if isinstance(data, DataSettings) else DataSettings(os.fspath(data))
         splits = open_splits(data, quiet=quiet)
+        remember(splits["train"], data.data, cache_dir=data.cache_dir)
         say(f"data: {splits['train'].source}: " + ", ".join(f"{len(d):,} {s}" for s, d in splits.items()))
     train_split = splits["train"]
     method = dataclasses.replace(method, image_shape=tuple(train_split.image_shape))
@@ -139,6 +141,7 @@ def fit(
         "fit": to_json(settings),
         "data": to_json(data),
         "data_fingerprint": train_split.fingerprint,
+        "held_out_fingerprints": {split: splits[split].fingerprint for split in SPLITS if split != "train"},
     }
     planned = _planned_steps(Path(run_dir))
     with RunDirectory.open(
@@ -150,7 +153,7 @@ def fit(
         on_log=on_log,
     ) as folder:
         job = _Job(method, settings, splits, folder, mesh, say, quiet, pictures, planned)
-        done = finished_steps(folder)
+        done = folder.finished_steps
         if done >= settings.steps:
             if pictures and not (folder.path / "report.html").exists():  # a crash has cost it
                 write_report(folder.path, real_images=real_images)
@@ -234,19 +237,11 @@ def parameters(method: Method, state: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(moved))
 
 
-def finished_steps(folder: RunDirectory) -> int:
-    """Steps that the results of a run name; 0 where it is not finished."""
-    steps = (folder.results or {}).get("steps", 0)
-    if type(steps) is not int:
-        raise UsageError(f"{folder.path / 'results.json'} is damaged: its steps are {str(steps)[:60]!r}. Delete it.")
-    return steps
-
-
 def _planned_steps(run_dir: Path) -> int | None:
     """The steps that a run was to have when it was started or resumed last."""
     try:
-        steps = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["fit"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        steps = read_json(run_dir / "config.json")["fit"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # a new folder, or one that `RunDirectory.open` will refuse
     return steps if type(steps) is int else None
 

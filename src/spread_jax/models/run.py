@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from spread_jax._files import read_json
 from spread_jax.data import Dataset
 from spread_jax.errors import UsageError
 from spread_jax.models._saved import method_from_json
 from spread_jax.models.method import Encoded, Method, to_unit
 from spread_jax.runtime import jit_for_few_calls
-from spread_jax.training import Checkpointer, TrainState
+from spread_jax.training import RunDirectoryError, TrainState, read_run
 
 __all__ = ["Programs", "Trained", "encode", "held_out", "open_run", "reconstruct", "sample"]
 
@@ -71,10 +71,9 @@ class Programs:
 def saved_config(folder: Path) -> dict[str, Any]:
     """A run's config.json as it is, which may come from anywhere; {} if it cannot be read."""
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(folder / "config.json")
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 class Trained:
@@ -145,7 +144,8 @@ def open_run(
             "and pass the folder it prints."
         )
     try:
-        saved = json.loads(config_path.read_text(encoding="utf-8"))
+        found = read_run(folder)
+        saved = found.config
         if method is None:
             method = method_from_json(saved["method"], METHODS, networks or {})
         elif saved["method"]["name"] != method.name:
@@ -153,21 +153,16 @@ def open_run(
         method.validate()
         programs = Programs(method)
         abstract = jax.eval_shape(lambda: method.initial_state(jax.random.key(0), 1))
-    except OSError as error:
-        raise UsageError(f"{config_path} cannot be read: {error.strerror or error}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+    except (
+        RunDirectoryError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError,
+    ) as error:  # fmt: skip
         problem = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0].rstrip(".")
         raise UsageError(f"{config_path} is not the config of a run that trains a generator: {problem}.") from None
-    with Checkpointer(folder / "checkpoints") as saver:
+    with found.checkpointer() as saver:
         restored = saver.restore(abstract, step=step)
     if restored is None:
         raise UsageError(f"{path} has no checkpoint yet: train it, or wait for its first one.")
-    try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        results = {}
-    results = results if isinstance(results, dict) else {}
-    return Trained(method, restored.state, path=folder, results=results, programs=programs)
+    return Trained(method, restored.state, path=folder, results=found.results, programs=programs)
 
 
 def sample(
