@@ -87,8 +87,12 @@ def test_estimates_of_samples_match_quadrature_within_their_standard_errors(make
 def test_one_scale_is_the_divergence_of_that_scale(key):
     p, q = jnp.array([[0.0], [0.6]]), jnp.array([[0.2], [1.0]])
     options = {"divergence": reverse_kl, "num_samples": 16}
-    got = spread_divergence_over_scales(p, q, GridScales(0.5), key=key, **options)
-    want = spread_divergence(p, q, GaussianNoise(0.5), key=jax.random.split(key, 1)[0], **options)
+    got, want = jax.jit(
+        lambda key: (
+            spread_divergence_over_scales(p, q, GridScales(0.5), key=key, **options),
+            spread_divergence(p, q, GaussianNoise(0.5), key=jax.random.split(key, 1)[0], **options),
+        )
+    )(key)
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 

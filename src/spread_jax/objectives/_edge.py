@@ -10,27 +10,52 @@ import jax.numpy as jnp
 
 from spread_jax._checks import check_batch, check_callable, check_count, check_examples, check_same_event, check_samples
 from spread_jax._random import check_key, split_key
+from spread_jax.divergences.f_divergences import check_divergence
 from spread_jax.noise import SpreadNoise, spread
 from spread_jax.noise._protocol import check_noise
 
-__all__ = ["check_bound", "check_game", "decoded", "log_prior", "one_each", "posterior", "split_aux", "spread_or_given"]
+__all__ = [
+    "check_bound",
+    "check_game",
+    "check_sets",
+    "decoded",
+    "log_prior",
+    "one_each",
+    "posterior",
+    "split_aux",
+    "spread_or_given",
+]
 
 Encode = Callable[[jax.Array], Any]
 Decode = Callable[[jax.Array], Any]
 
 
-def check_bound(x, encode, decode, noise, key, **counts: int) -> tuple[jax.Array, jax.Array]:
+def check_bound(
+    x, encode, decode, noise, key, *, low_variance: bool = False, **counts: int
+) -> tuple[jax.Array, jax.Array]:
     """x and key of a bound on the likelihood."""
     x = check_examples("x", x)
     check_callable("encode", encode)
     check_callable("decode", decode)
     check_noise("noise", noise)
+    if low_variance and not hasattr(noise, "expected_log_prob"):
+        raise TypeError(
+            f"low_variance=True needs a noise with a closed-form expected_log_prob(x, x2); "
+            f"{type(noise).__name__} has none, so pass low_variance=False."
+        )
     for name, count in counts.items():
         check_count(name, count)
     return x, check_key(key, x.shape[0])
 
 
-def check_game(x, generated, key, **networks: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+def check_game(x, generated, critic, noise, divergence, key) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x, generated and key of a game in which a critic bounds a divergence."""
+    check_noise("noise", noise)
+    check_divergence("divergence", divergence)
+    return check_sets(x, generated, key, critic=critic)
+
+
+def check_sets(x, generated, key, **networks: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
     """x, generated and key of an objective that compares the spread of two sets."""
     x, generated = check_samples("x", x), check_samples("generated", generated)
     check_same_event("x", x, "generated", generated)

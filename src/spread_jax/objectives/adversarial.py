@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._random import split_key
-from spread_jax.divergences.f_divergences import FDivergence, check_divergence, jensen_shannon
+from spread_jax.divergences.f_divergences import FDivergence, jensen_shannon
 from spread_jax.noise import SpreadNoise, spread
-from spread_jax.noise._protocol import check_noise
 from spread_jax.objectives._edge import check_game, one_each
 
 __all__ = ["GanLosses", "spread_gan_losses"]
@@ -81,9 +80,7 @@ def spread_gan_losses(
       >>> bool(losses.critic == -losses.divergence)
       True
     """
-    check_divergence("divergence", divergence)
-    check_noise("noise", noise)
-    x, generated, key = check_game(x, generated, key, critic=critic)
+    x, generated, key = check_game(x, generated, critic, noise, divergence, key)
     data_key, model_key = split_key(key)
     y = jnp.concatenate([spread(x, noise, key=data_key), spread(generated, noise, key=model_key)])
     v = one_each("critic", critic(y), y)

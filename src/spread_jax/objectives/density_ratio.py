@@ -13,7 +13,7 @@ from spread_jax._random import is_for_examples, split_key
 from spread_jax.divergences.f_divergences import FDivergence, check_divergence, jensen_shannon, reverse_kl
 from spread_jax.noise import GaussianNoise, ScaleLaw, SpreadNoise
 from spread_jax.noise.scales import check_law
-from spread_jax.objectives._edge import check_game, one_each
+from spread_jax.objectives._edge import check_sets, one_each
 
 __all__ = [
     "DensityRatioLosses",
@@ -107,7 +107,7 @@ def density_ratio_losses(
       >>> bool(losses.critic == -losses.divergence)
       True
     """
-    x, generated, key = check_game(x, generated, key, critic=critic, noise=noise)
+    x, generated, key = check_sets(x, generated, key, critic=critic, noise=noise)
     check_law("law", law)
     of_generator = _generator_loss(divergence)
     tight = _tight("critic_divergence", critic_divergence)

@@ -111,12 +111,7 @@ def spread_elbo(
       (8,)
     """
     counts = {"num_spread_samples": num_spread_samples, "num_latent_samples": num_latent_samples}
-    x, key = check_bound(x, encode, decode, noise, key, **counts)
-    if low_variance and not hasattr(noise, "expected_log_prob"):
-        raise TypeError(
-            f"low_variance=True needs a noise with a closed-form expected_log_prob(x, x2); "
-            f"{type(noise).__name__} has none, so pass low_variance=False."
-        )
+    x, key = check_bound(x, encode, decode, noise, key, low_variance=low_variance, **counts)
     y, key = spread_or_given(x, noise, key, num_spread_samples, spread_samples)
     noise = repeat_noise(noise, x, num_spread_samples * num_latent_samples)
     if low_variance:
