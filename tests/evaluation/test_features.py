@@ -116,7 +116,7 @@ def test_a_file_comes_back_and_a_damaged_one_is_refused(network, faces, tmp_path
     for name in sorted({p.name for p in tmp_path.iterdir()} - {"features.npz"}):
         with pytest.raises(FeaturesError, match="is not a file of features, or is damaged"):
             FeatureNetwork.load(tmp_path / name)
-    with pytest.raises(FeaturesError, match=r"no file of features at .*experiments\.features"):
+    with pytest.raises(FeaturesError, match=r"no file of features at .*spread-jax features"):
         FeatureNetwork.load(tmp_path / "none.npz")
 
 

@@ -10,12 +10,15 @@ from spread_jax.training import StopRequest, train
 
 
 def test_the_end_of_the_terminal_is_a_request_to_stop():
-    before = signal.getsignal(signal.SIGHUP)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGHUP)
-        assert stop.agreed(1)
-        assert stop.signal == signal.SIGHUP
-    assert signal.getsignal(signal.SIGHUP) == before
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever the tests were started with
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.agreed(1)
+            assert stop.signal == signal.SIGHUP
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_under_nohup_it_is_none():

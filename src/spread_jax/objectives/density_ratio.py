@@ -167,7 +167,7 @@ def density_ratio_generator_loss(
       >>> density_ratio_generator_loss(jnp.ones((4, 2)), critic, law, key=jax.random.key(0)).shape
       (4,)
     """
-    generated, _, key = check_game(generated, generated, key, critic=critic, noise=noise)
+    generated, _, key = check_sets(generated, generated, key, critic=critic, noise=noise)
     check_law("law", law)
     y, sigma = spread_over_scales(generated, law, noise, key=key)
     loss = _generator_loss(divergence)(one_each("critic", critic(y, sigma), y))
