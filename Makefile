@@ -78,7 +78,7 @@ chaos: $(VENV)/.dev ## Kill, damage and starve KILLS=50 training runs, fuzz the 
 test: $(VENV)/.dev ## Run every test, warnings as errors
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
-test-fast: $(VENV)/.dev ## Run the tests that take seconds
+test-fast: $(VENV)/.dev ## Run the tests that take less than about half a second each: about a minute on 2 cores
 	$(RUN) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 lint: $(VENV)/.dev ## Check style and formatting

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+from pathlib import Path
 
 # Set before jax is imported: the tests compare numbers, and a stray accelerator would change them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,16 @@ os.environ.setdefault(
 
 import jax
 import pytest
+
+SLOW = Path(__file__).with_name("slow_tests.txt")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks what is listed as slow; a test whose parameters are many is listed once."""
+    slow = set(SLOW.read_text(encoding="utf-8").splitlines())
+    for item in items:
+        if item.nodeid.split("[")[0] in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
