@@ -39,7 +39,7 @@ import jax
 import numpy as np
 
 from experiments import _table
-from spread_jax import runtime
+from spread_jax import models, runtime
 from spread_jax.cli import flags, launch
 from spread_jax.data import Dataset
 from spread_jax.evaluation import save_csv, write_report
@@ -168,26 +168,8 @@ PRESETS = {
     },
     "celeba": {
         **FACES,
-        "data": "celeb_a",
-        "steps": 81_400,  # 50 epochs of 162,770 images
-        "batch_size": 100,
-        "latent_dim": 64,
-        "width": 128,
-        "final_noise_scale": 0.5,
-        "learning_rate": 1e-4,
-        "final_learning_rate_fraction": 1.0,
-        "warmup_steps": 0,
-        "ema_decay": 0.999,
-        "transform_features": 32,
-        "transform_coefficient": 0.1,
-        "descent_steps": 16_280,  # 10 epochs
-        "ascent_steps": 1000,
-        "noise_learning_rate": 1e-5,
-        "critic_learning_rate": 2e-4,  # of DCGAN, both
-        "generator_learning_rate": 2e-4,
-        "record_every": 100,
-        "save_every": 2000,
-        "held_out_examples": 10_000,
+        **models.PRESETS["published"],
+        "sample_every": FACES["sample_every"],
         "mixture_components": 50,
     },
 }
