@@ -2,6 +2,7 @@
 
 from spread_jax.models.delta_vae import DeltaVae
 from spread_jax.models.density_ratio import DensityRatio
+from spread_jax.models.density_ratio_vae import DensityRatioVae
 from spread_jax.models.evaluate import EvaluateSettings, evaluate, fitted_latents
 from spread_jax.models.fit import RESUMABLE, evaluation_key, fit, parameters, shown_latents
 from spread_jax.models.importance import ImportanceWeighted
@@ -16,7 +17,7 @@ from spread_jax.models.vae import Vae
 from spread_jax.models.wae import WaeMmd
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (DeltaVae, Vae, ImportanceWeighted, WaeMmd, SpreadGan, DensityRatio)
+    m.name: m for m in (DeltaVae, Vae, ImportanceWeighted, WaeMmd, SpreadGan, DensityRatio, DensityRatioVae)
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DataSettings",
     "DeltaVae",
     "DensityRatio",
+    "DensityRatioVae",
     "Encoded",
     "EvaluateSettings",
     "FitSettings",

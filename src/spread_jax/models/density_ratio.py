@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from spread_jax.divergences import jensen_shannon, kl, reverse_kl
@@ -75,12 +76,28 @@ class DensityRatio(Method):
     """Channels of the critic's first convolution; as of the generator's width if not given."""
     mirrored: bool = False
     """Show the critic mirrored copies too, where few images would be learned by heart."""
+    data_mean: float | None = None
+    """Mean of the images' pixels, which are in [0, 1]; of the training images if not given."""
+    data_scale: float | None = None
+    """Standard deviation of the images' pixels; of the training images if not given."""
 
     def usual_network(self, part):
         """The usual generator, and a critic that is told the scale."""
         if part != "critic":
             return super().usual_network(part)
-        return ScaleCritic(self.critic_width or self.width, dtype=jnp.dtype(self.compute_dtype))
+        return ScaleCritic(
+            self.critic_width or self.width,
+            data_mean=0.5 if self.data_mean is None else self.data_mean,
+            data_scale=0.25 if self.data_scale is None else self.data_scale,
+            dtype=jnp.dtype(self.compute_dtype),
+        )
+
+    def with_data(self, images: np.ndarray) -> Method:
+        """With mean and scale of the first 5,000 images, where they are not given."""
+        unit = np.asarray(images[:5000]) / 255.0
+        mean = round(float(unit.mean()), 6) if self.data_mean is None else self.data_mean
+        scale = round(max(float(unit.std()), 1e-3), 6) if self.data_scale is None else self.data_scale
+        return dataclasses.replace(self, data_mean=mean, data_scale=scale)
 
     def example_inputs(self, part):
         """A batch of one, for the critic with a scale."""

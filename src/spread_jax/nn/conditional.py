@@ -42,7 +42,7 @@ class _Conditional(Network):
 class ScaleCritic(_Conditional):
     """v(y, sigma), a critic that is told the scale of the noise: 5x5 stride-2 convolutions, then a dense layer.
 
-    y is divided by sqrt(s^2 + sigma^2), s being the scale of the data, so that every scale of noise looks alike.
+    (y - m) / sqrt(s^2 + sigma^2) goes in, m and s being mean and scale of the data: every scale of noise looks alike.
     Convolutions halve it to 4x4 or less, with width, 2 width, 4 width and from there 8 width channels. Each is followed
     by a normalisation over the example (a group norm of one group; not the first, as in `Critic`), a scale and a shift
     that are functions of log sigma, and leaky ReLU 0.2. The last layer starts at 0, so v = 0: data and samples are
@@ -51,6 +51,7 @@ class ScaleCritic(_Conditional):
     Attributes:
       width: channels of the first convolution.
       data_scale: s, standard deviation of the data's pixels.
+      data_mean: m, mean of the data's pixels.
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
 
@@ -69,6 +70,7 @@ class ScaleCritic(_Conditional):
 
     width: int = 64
     data_scale: float = 0.25
+    data_mean: float = 0.5
 
     def __post_init__(self):
         check_width(self.width)
@@ -77,7 +79,8 @@ class ScaleCritic(_Conditional):
     @nn.compact
     def __call__(self, y: jax.Array, sigma: jax.Array | float) -> jax.Array:
         sigma = _for_each(sigma, y)
-        h = y.astype(sigma.dtype) / jnp.sqrt(self.data_scale**2 + sigma**2)[:, None, None, None]
+        total = self.data_scale**2 + sigma**2
+        h = (y.astype(sigma.dtype) - self.data_mean) / jnp.sqrt(total)[:, None, None, None]
         block = 0
         while max(h.shape[1:3]) > _END:
             h = self.layer(Conv, min(2**block, MOST) * self.width, stride=2, use_bias=False)(h)
