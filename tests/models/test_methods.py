@@ -26,7 +26,7 @@ from spread_jax.models import (
 )
 from spread_jax.models._saved import method_from_json, to_json
 from spread_jax.models.vae import Unspread
-from spread_jax.nn import ScaleCritic
+from spread_jax.nn import Denoiser, ScaleCritic
 from spread_jax.training import Checkpointer, make_train_step
 from tests.models.conftest import IMAGE, NETWORKS, images
 
@@ -38,7 +38,10 @@ SETTINGS = {
 
 def make(objective, noise="gaussian", **changes):
     method = METHODS[objective](image_shape=IMAGE)
-    own = {**NETWORKS, **({"critic": ScaleCritic(width=1)} if objective == "density_ratio" else {})}
+    denoiser = Denoiser(width=1)
+    own = {**NETWORKS, "data_denoiser": denoiser, "sample_denoiser": denoiser}
+    if objective.startswith("density_ratio"):
+        own["critic"] = ScaleCritic(width=1)
     method = dataclasses.replace(method, networks={part: own[part] for part in method.parts})
     if hasattr(method, "noise"):
         method = dataclasses.replace(method, noise=NOISES[noise])
@@ -53,6 +56,8 @@ FEW = [
     ("wae_mmd", "gaussian", {}),
     ("spread_gan", "low_rank", {"critic_steps": 2, "gan_divergence": "kl"}),
     ("density_ratio", "gaussian", {"mirrored": True, "generator_loss": "reverse_kl"}),
+    ("density_ratio_vae", "gaussian", {"bound_weight": 0.5}),
+    ("score_difference", "gaussian", {"mirrored": True}),
 ]
 ALL = [(o, n, {}) for o in METHODS for n in NOISES if getattr(METHODS[o], "learns_noise", False) or n == "gaussian"]
 PAIRS = ALL if os.environ.get("SPREAD_JAX_ALL_PAIRS") else FEW
@@ -66,6 +71,10 @@ EVALUATED = {
     "wae_mmd": {"loss", "mmd", "reconstruction_mse"},
     "spread_gan": {"divergence_bound_nats"},
     "density_ratio": {"divergence_bound_nats", "critic_accuracy"},
+    "density_ratio_vae": {
+        "divergence_bound_nats", "critic_accuracy", "elbo_nats", "kl_nats", "reconstruction_mse",
+    },
+    "score_difference": {"score_difference", "data_denoising_error"},
 }  # fmt: skip
 
 

@@ -11,13 +11,15 @@ from spread_jax.models.method import Encoded, Method, SettingError
 from spread_jax.models.noises import NOISES, InvertibleLocation
 from spread_jax.models.presets import PRESETS, with_preset
 from spread_jax.models.run import Programs, Trained, encode, held_out, open_run, reconstruct, sample
+from spread_jax.models.score_difference import ScoreDifference
 from spread_jax.models.settings import DataSettings, FitSettings, open_splits
 from spread_jax.models.spread_gan import SpreadGan
 from spread_jax.models.vae import Vae
 from spread_jax.models.wae import WaeMmd
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (DeltaVae, Vae, ImportanceWeighted, WaeMmd, SpreadGan, DensityRatio, DensityRatioVae)
+    m.name: m
+    for m in (DeltaVae, Vae, ImportanceWeighted, WaeMmd, SpreadGan, DensityRatio, DensityRatioVae, ScoreDifference)
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Method",
     "Posteriors",
     "Programs",
+    "ScoreDifference",
     "SettingError",
     "SpreadGan",
     "Trained",

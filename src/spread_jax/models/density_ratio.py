@@ -7,13 +7,11 @@ from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 
 from spread_jax.divergences import jensen_shannon, kl, reverse_kl
-from spread_jax.models.method import Method, SettingError, parts_of, to_unit
+from spread_jax.models._scales import ScalesMethod
+from spread_jax.models.method import parts_of
 from spread_jax.nn import ScaleCritic
-from spread_jax.noise import LogUniformScales
 from spread_jax.objectives import density_ratio_generator_loss, density_ratio_losses, non_saturating
 from spread_jax.training import LossOutput, Player
 
@@ -23,7 +21,7 @@ _DESCENTS = {"non_saturating": non_saturating, "js": jensen_shannon, "reverse_kl
 
 
 @dataclasses.dataclass(frozen=True)
-class DensityRatio(Method):
+class DensityRatio(ScalesMethod):
     r"""Generator against a critic that is told the scale of the noise, over a law of scales.
 
       D_w(p||q) = E_{sigma ~ w} D_f(p~_sigma || q~_sigma),   log sigma uniform between two ends.
@@ -54,93 +52,37 @@ class DensityRatio(Method):
         "share that the critic tells": {"critic_accuracy": "training batch"},
     }
 
-    ema_decay: float = 0.999
-    """Decay of the generator's moving average, which draws the samples."""
-    final_learning_rate_fraction: float = 1.0
-    """Cosine decay to this fraction of the learning rates; 1 for none."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up of the generator's learning rate, at most half of all steps."""
-    lowest_noise_scale: float = 0.05
-    """Smallest standard deviation of the noise, images being in [0, 1]; what is finer is seen by nothing."""
-    highest_noise_scale: float = 1.0
-    """Largest standard deviation of the noise, at which data and samples overlap from the start."""
     generator_loss: Literal["non_saturating", "js", "reverse_kl", "kl"] = "non_saturating"
     """The divergence that the generator descends on."""
-    generator_learning_rate: float = 3e-4
-    """Adam's learning rate for the generator."""
     critic_learning_rate: float = 3e-4
     """Adam's learning rate for the critic."""
     critic_steps: int = 1
     """Steps of the critic for each of the generator."""
     critic_width: int | None = None
     """Channels of the critic's first convolution; as of the generator's width if not given."""
-    mirrored: bool = False
-    """Show the critic mirrored copies too, where few images would be learned by heart."""
-    data_mean: float | None = None
-    """Mean of the images' pixels, which are in [0, 1]; of the training images if not given."""
-    data_scale: float | None = None
-    """Standard deviation of the images' pixels; of the training images if not given."""
 
     def usual_network(self, part):
         """The usual generator, and a critic that is told the scale."""
         if part != "critic":
             return super().usual_network(part)
-        return ScaleCritic(
-            self.critic_width or self.width,
-            data_mean=0.5 if self.data_mean is None else self.data_mean,
-            data_scale=0.25 if self.data_scale is None else self.data_scale,
-            dtype=jnp.dtype(self.compute_dtype),
-        )
-
-    def with_data(self, images: np.ndarray) -> Method:
-        """With mean and scale of the first 5,000 images, where they are not given."""
-        unit = np.asarray(images[:5000]) / 255.0
-        mean = round(float(unit.mean()), 6) if self.data_mean is None else self.data_mean
-        scale = round(max(float(unit.std()), 1e-3), 6) if self.data_scale is None else self.data_scale
-        return dataclasses.replace(self, data_mean=mean, data_scale=scale)
-
-    def example_inputs(self, part):
-        """A batch of one, for the critic with a scale."""
-        inputs = super().example_inputs(part)
-        return (*inputs, jnp.ones(1)) if part == "critic" else inputs
+        return self.scaled_network(ScaleCritic, self.critic_width or self.width)
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()
-        self.require_positive("generator_learning_rate", "critic_learning_rate", "lowest_noise_scale")
+        self.require_positive("critic_learning_rate")
         self.require_at_least(1, "critic_steps")
         if self.critic_width is not None:
             self.require_at_least(1, "critic_width")
-        if not self.lowest_noise_scale < self.highest_noise_scale < float("inf"):
-            raise SettingError(
-                "highest_noise_scale",
-                f"must be above lowest_noise_scale, got {self.highest_noise_scale} and {self.lowest_noise_scale}.",
-            )
 
     def players(self, num_steps: int) -> tuple[Player, ...]:
         """The generator and the critic."""
-        # Adam without momentum, as Diffusion-GAN and the nets before it have it: the critic's target moves.
-        adam = lambda rate, steps: optax.adam(self.schedule(rate, steps, warmup=steps == num_steps), b1=0.0, b2=0.99)
+        model = self.adam(self.generator_learning_rate, num_steps, warmup=True)
+        critic = self.adam(self.critic_learning_rate, num_steps * self.critic_steps)
         return (
-            Player("model", ("generator",), self._generator_loss, adam(self.generator_learning_rate, num_steps)),
-            Player(
-                "critic",
-                ("critic",),
-                self._critic_loss,
-                adam(self.critic_learning_rate, num_steps * self.critic_steps),
-                steps=self.critic_steps,
-            ),
+            Player("model", ("generator",), self._generator_loss, model),
+            Player("critic", ("critic",), self._critic_loss, critic, steps=self.critic_steps),
         )
-
-    def law(self) -> LogUniformScales:
-        """w, the law of noise scales."""
-        return LogUniformScales(self.lowest_noise_scale, self.highest_noise_scale)
-
-    def generated(self, params, variables, count, key, *, train):
-        """Samples from the prior [count, *image], and the generator's new variables."""
-        z = jax.random.normal(key, (count, self.latent_dim))
-        drawn = self.network("generator", params, variables, train=train)(z)
-        return drawn if train else (drawn, {})
 
     def _generator_loss(self, params, variables, batch, *, key, step):
         latent_key, noise_key = jax.random.split(key)
@@ -162,10 +104,7 @@ class DensityRatio(Method):
 
     def _critic_loss(self, params, variables, batch, *, key, step):
         key, mirror_key = jax.random.split(key)
-        x = to_unit(batch)
-        if self.mirrored:
-            chosen = jax.random.bernoulli(mirror_key, shape=(len(x), 1, 1, 1))
-            x = jnp.where(chosen, x[:, :, ::-1], x)
+        x = self.shown(batch, mirror_key)
         losses = self._losses(params, variables, x, key, train=True)
         metrics = {"divergence_bound": losses.divergence, "critic_accuracy": losses.accuracy}
         return losses.critic, LossOutput({}, metrics)

@@ -66,15 +66,14 @@ class DensityRatioVae(DensityRatio):
         moves = ("encoder", "generator")
         each = {"encoder": adam(self.schedule(self.encoder_learning_rate, num_steps)), "generator": model.optimizer}
         optimizer = optax.partition(each, {part: part for part in moves})
-        return dataclasses.replace(model, moves=moves, loss=self._model_loss, optimizer=optimizer), critic
+        return model._replace(moves=moves, loss=self._model_loss, optimizer=optimizer), critic
 
-    def noise(self) -> SpreadNoise:
-        """The spread noise p(y|x) of the encoder and the bound."""
+    def _noise(self) -> SpreadNoise:
         return GaussianNoise(self.noise_scale)
 
     def scored_noise(self, state: TrainState) -> SpreadNoise | None:
         """The spread noise of the encoder and the bound."""
-        return self.noise()
+        return self._noise()
 
     def noise_scale_of(self, state: TrainState) -> jax.Array | None:
         """Standard deviation of that noise."""
@@ -90,7 +89,7 @@ class DensityRatioVae(DensityRatio):
             to_unit(batch),
             self.network("encoder", params, variables, train=True),
             self.network("generator", {"generator": generator}, variables, train=True),
-            self.noise(),
+            self._noise(),
             key=bound_key,
             has_aux=True,
         )
@@ -105,8 +104,8 @@ class DensityRatioVae(DensityRatio):
         encode, decode = (
             self.network(part, state.params, state.variables, train=False) for part in ("encoder", "generator")
         )
-        y = self.noise().sample(x, key=spread_key)
-        terms = spread_elbo(x, encode, decode, self.noise(), key=latent_key, spread_samples=y)
+        y = self._noise().sample(x, key=spread_key)
+        terms = spread_elbo(x, encode, decode, self._noise(), key=latent_key, spread_samples=y)
         return {
             **super().evaluate(state, x, key=ratio_key),
             "elbo_nats": terms.elbo,
@@ -116,6 +115,6 @@ class DensityRatioVae(DensityRatio):
 
     def encode(self, state, x, *, key):
         """q(z|y) of images spread once."""
-        y = self.noise().sample(x, key=key)
+        y = self._noise().sample(x, key=key)
         mean, log_std = self.network("encoder", state.params, state.variables, train=False)(y)
         return Encoded(mean, jnp.exp(log_std), y)
