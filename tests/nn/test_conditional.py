@@ -103,11 +103,13 @@ def without_sigma(variables):
 
 
 def test_every_scale_looks_alike_to_the_layers():
-    """With scales and shifts at rest, only y / sqrt(s^2 + sigma^2) counts: F and v are the same at two scales."""
+    """With scales and shifts at rest, only (y - m) / sqrt(s^2 + sigma^2) counts: F and v are the same at two scales."""
     larger = 2 * SIGMA
     ratio = column(np.sqrt((0.0625 + np.square(larger)) / (0.0625 + np.square(SIGMA))))
     plain = without_sigma(variables_of("critic")[1])
-    np.testing.assert_allclose(apply("critic", plain, Y * ratio, larger), apply("critic", plain), rtol=1e-3)
+    np.testing.assert_allclose(
+        apply("critic", plain, 0.5 + (Y - 0.5) * ratio, larger), apply("critic", plain), rtol=1e-3
+    )
 
     plain = without_sigma(variables_of("denoiser")[1])
 

@@ -43,13 +43,16 @@ class DensityRatio(ScalesMethod):
         "divergence_bound": "divergence at least {:.3f} nats",
         "critic_accuracy": "critic right {:.2f}",
     }
-    summaries: ClassVar = {"divergence_bound_nats": "divergence at least {:.3f} nats"}
+    summaries: ClassVar = {"divergence_bound_nats": "divergence at least {:.3f} nats", "coverage": "coverage {:.2f}"}
     curves: ClassVar = {
         "lower bound on the divergence over scales, nats": {
             "divergence_bound": "training batch",
             "validation_divergence_bound_nats": "validation",
         },
-        "share that the critic tells": {"critic_accuracy": "training batch"},
+        "share": {
+            "critic_accuracy": "told by the critic, training batch",
+            "validation_coverage": "covered, validation",
+        },
     }
 
     generator_loss: Literal["non_saturating", "js", "reverse_kl", "kl"] = "non_saturating"
@@ -96,21 +99,71 @@ class DensityRatio(ScalesMethod):
         ).mean()
         return loss, LossOutput(parts_of(("generator",), (new,)), {})
 
-    def _losses(self, params, variables, x, key, *, train):
-        latent_key, noise_key = jax.random.split(key)
-        generated, _ = self.generated(params, variables, len(x), latent_key, train=train)
-        critic = self.network("critic", params, variables, train=False)
-        return density_ratio_losses(x, generated, critic, self.law(), key=noise_key)
-
     def _critic_loss(self, params, variables, batch, *, key, step):
-        key, mirror_key = jax.random.split(key)
+        mirror_key, latent_key, noise_key = jax.random.split(key, 3)
         x = self.shown(batch, mirror_key)
-        losses = self._losses(params, variables, x, key, train=True)
+        generated, _ = self.generated(params, variables, len(x), latent_key, train=True)
+        critic = self.network("critic", params, variables, train=False)
+        losses = density_ratio_losses(x, generated, critic, self.law(), key=noise_key)
         metrics = {"divergence_bound": losses.divergence, "critic_accuracy": losses.accuracy}
         return losses.critic, LossOutput({}, metrics)
 
     def evaluate(self, state, x, *, key):
-        """The critic's lower bound on the divergence over scales, and how often it is right."""
-        losses = self._losses(state.params, state.variables, x, key, train=False)
+        """The critic's lower bound on the divergence over scales, how often it is right, and how far samples cover x.
+
+        An image is covered if a sample is nearer to it than its third nearest fellow, seen at 8x8 pixels; of samples
+        from the distribution of the images themselves about seven eighths are.
+        """
+        latent_key, noise_key = jax.random.split(key)
+        generated, _ = self.generated(state.params, state.variables, len(x), latent_key, train=False)
+        critic = self.network("critic", state.params, state.variables, train=False)
+        losses = density_ratio_losses(x, generated, critic, self.law(), key=noise_key)
         every = lambda value: jnp.broadcast_to(value, (len(x),))
-        return {"divergence_bound_nats": every(losses.divergence), "critic_accuracy": every(losses.accuracy)}
+        return {
+            "divergence_bound_nats": every(losses.divergence),
+            "critic_accuracy": every(losses.accuracy),
+            "coverage": every(_coverage(x, generated)),
+        }
+
+    def advice(self, numbers, earlier):
+        """Says of a critic that it is too strong, too weak or knows images by heart, and of samples that collapse."""
+        bound, accuracy, coverage = (numbers[n] for n in ("divergence_bound_nats", "critic_accuracy", "coverage"))
+        said = []
+        if accuracy > _TOO_STRONG:
+            said.append(
+                f"the critic tells {accuracy:.0%} of held-out images from samples, and one that is always right "
+                "teaches little: raise lowest_noise_scale, or lower critic_learning_rate or critic_steps."
+            )
+        elif accuracy < _TOO_WEAK:
+            said.append(
+                f"the critic is right {accuracy:.0%} of the time, as by chance: if samples do not look right, raise "
+                "critic_learning_rate, critic_steps or critic_width."
+            )
+        trained = [record["divergence_bound"] for record in earlier if "divergence_bound" in record][-_RECENT:]
+        if trained and (known := sum(trained) / len(trained)) > bound + _BY_HEART:
+            said.append(
+                f"the critic's bound is {known:.2f} nats on training images and {bound:.2f} on held-out ones, so it "
+                "learns images by heart: use mirrored, more images, or a higher lowest_noise_scale."
+            )
+        best = max((record["validation_coverage"] for record in earlier if "validation_coverage" in record), default=0)
+        if best > _COVERED and coverage < best / 2:
+            said.append(
+                f"samples cover {coverage:.0%} of held-out images, and have covered {best:.0%}: they become alike. "
+                "Lower generator_learning_rate, or keep the bound as a term: density_ratio_vae."
+            )
+        return tuple(said)
+
+
+# Of what `advice` speaks: shares that a critic is right, recent records, nats, and a coverage worth keeping.
+_TOO_STRONG, _TOO_WEAK, _RECENT, _BY_HEART, _COVERED = 0.95, 0.51, 5, 0.15, 0.3
+
+
+def _coverage(x: jax.Array, generated: jax.Array) -> jax.Array:
+    """The share of x [n, *image] with a sample nearer than its third nearest fellow, at 8x8 pixels or fewer."""
+    small = lambda images: jax.image.resize(
+        images, (len(images), *(min(8, side) for side in images.shape[1:3]), images.shape[-1]), "linear"
+    ).reshape(len(images), -1)
+    ours, theirs = small(x), small(generated)
+    squares = lambda a, b: jnp.square(a[:, None] - b[None]).sum(axis=-1)
+    fellows = jnp.sort(squares(ours, ours), axis=1)[:, min(3, len(x) - 1)]  # the nearest is the image itself
+    return (squares(ours, theirs).min(axis=1) < fellows).mean()

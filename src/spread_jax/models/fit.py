@@ -303,8 +303,11 @@ class _Job:
             self.draw(trained)
             told.append(f"{self.folder.path}/samples.png")
         metrics = {f"validation_{name}": value for name, value in numbers.items()}
+        advice = self.method.advice(numbers, self.folder.read_metrics()) if first_process() else ()
         self.folder.log_metrics(step, metrics)
         self.progress.note("; ".join(told))
+        for sentence in advice:
+            self.progress.note(f"step {step}: {sentence}")
         return metrics
 
     def train(self) -> tuple[Trained, dict[str, float | None]]:

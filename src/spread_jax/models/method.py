@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
@@ -160,6 +160,10 @@ class Method:
 
     def check(self, step: int, metrics: Mapping[str, float]) -> None:
         """Called with every record, on the host; raises to stop a run before it saves."""
+
+    def advice(self, numbers: Mapping[str, float], earlier: Sequence[Mapping[str, float]]) -> tuple[str, ...]:
+        """What a user should know of held-out numbers, in sentences; `earlier` are the records so far, oldest first."""
+        return ()
 
     def check_state(self, step: int, state: TrainState) -> None:
         """Called with every evaluation, on the host; raises to stop a run before it saves."""
