@@ -98,7 +98,8 @@ def parse_training(
       argv: the arguments; those of the process if None.
       prog: the command as a user types it.
       description: what --help begins with.
-      presets: name -> {setting: value}; see `with_preset`.
+      presets: name -> {setting: value}; see `with_preset`. "objective" among them is the method that is taken if
+        neither one nor a noise is named.
       default: the preset that is taken if none is named.
       extra: a frozen dataclass instance with flags of the program's own.
       all_noises: whether --noise takes `all`, those that the method can be trained with, and this is its default.
@@ -118,9 +119,11 @@ def parse_training(
     for name in choices:
         first.add_argument(f"--{name}")
     typed = vars(first.parse_known_args(argv)[0])
+    settings = presets[typed["preset"] if typed["preset"] in presets else default]
+    if "objective" in choices and not typed.get("noise"):  # which belongs to the paper's own objective
+        choices["objective"] = (settings.get("objective", "spread_elbo"), *choices["objective"][1:])
     # A name that there is not is refused by tyro below.
     chosen = {name: typed[name] if typed[name] in names else usual for name, (usual, names, _) in choices.items()}
-    settings = presets[chosen["preset"]]
     kind = METHODS[chosen.get("objective", "spread_elbo")]
     if not _noises_of(kind):
         if typed["noise"]:

@@ -60,7 +60,7 @@ def train(
     trained = fit(
         flags.method,
         flags.data,
-        flags.run.workdir or default_workdir(flags, experiment),
+        flags.run.workdir or default_workdir(flags, experiment, presets),
         flags.fit,
         about={"experiment": experiment, "preset": flags.preset},
         pictures=flags.run.pictures,
@@ -72,9 +72,10 @@ def train(
     return 0
 
 
-def default_workdir(flags: Parsed, experiment: str) -> Path:
-    """runs/<experiment>/<preset>-<seed>, and the objective and the noise where they are not the usual ones."""
-    unusual = [name for name in (flags.objective, *flags.noises) if name not in ("spread_elbo", "gaussian")]
+def default_workdir(flags: Parsed, experiment: str, presets: Mapping[str, Mapping[str, Any]]) -> Path:
+    """runs/<experiment>/<preset>-<seed>, and objective and noise where they are not the preset's."""
+    usual = (presets[flags.preset].get("objective", "spread_elbo"), "gaussian")
+    unusual = [name for name in (flags.objective, *flags.noises) if name not in usual]
     return Path("runs", experiment, "-".join([flags.preset, str(flags.fit.seed), *unusual]))
 
 

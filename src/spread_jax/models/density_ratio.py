@@ -57,8 +57,8 @@ class DensityRatio(ScalesMethod):
 
     generator_loss: Literal["non_saturating", "js", "reverse_kl", "kl"] = "non_saturating"
     """The divergence that the generator descends on."""
-    critic_learning_rate: float = 3e-4
-    """Adam's learning rate for the critic."""
+    critic_learning_rate: float = 6e-4
+    """Adam's learning rate for the critic, which has to be ahead of the generator."""
     critic_steps: int = 1
     """Steps of the critic for each of the generator."""
     critic_width: int | None = None
