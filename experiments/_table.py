@@ -34,6 +34,8 @@ ROWS = {
     "wae_mmd": Row("WAE-MMD"),
     "spread_gan": Row("spread GAN"),
     "density_ratio": Row("many scales"),
+    "density_ratio_vae": Row("many scales and bound"),
+    "score_difference": Row("many scales, scores"),
     "learned_sigma": Row("VAE, learned sigma", ("vae",)),
     "last_step": Row("fixed, last step"),
     "flow": Row("fixed, flow of latents"),
@@ -44,7 +46,7 @@ ROWS = {
 ROWS |= {
     f"{name}_mixture": Row(f"{row.title}, mixture of latents", (name, *(f"{other}_mixture" for other in row.baselines)))
     for name, row in ROWS.items()
-    if name not in ("spread_gan", "density_ratio", "last_step", "flow")
+    if name not in ("spread_gan", "density_ratio", "score_difference", "last_step", "flow")
 }
 
 

@@ -6,8 +6,10 @@
   low_rank         Gaussian spread noise with a learned covariance
   transformed      Gaussian spread noise around a learned location
   wae_mmd          Wasserstein autoencoder
-  spread_gan       GAN whose critic sees spread images
-  density_ratio    a critic that is told the scale of the noise, over many scales
+  spread_gan       GAN whose critic sees images spread at one scale, which is annealed
+  density_ratio    the same critic over many scales of noise at once
+  density_ratio_vae  the same with an encoder and the bound at one scale
+  score_difference two denoisers over many scales of noise, in place of a critic
   learned_sigma    vae, its standard deviation trained
   constant_sigma   fixed, the final noise scale from the start
   importance       fixed, by the importance-weighted bound
@@ -60,6 +62,7 @@ from spread_jax.models import (
 )
 from spread_jax.training import RunDirectory, RunDirectoryError
 
+GAME = {"final_learning_rate_fraction": 1.0, "warmup_steps": 0}
 # What is trained for each row that is not derived from another's run.
 TRAINED: dict[str, Callable[[flags.Parsed], Method]] = {
     "vae": lambda typed: typed.build("elbo", learned_scale=False),
@@ -68,11 +71,11 @@ TRAINED: dict[str, Callable[[flags.Parsed], Method]] = {
     "low_rank": lambda typed: typed.build("spread_elbo", "low_rank"),
     "transformed": lambda typed: typed.build("spread_elbo", "transformed"),
     "wae_mmd": lambda typed: typed.build("wae_mmd"),
-    "spread_gan": lambda typed: typed.build("spread_gan"),
-    # With its own pace: what suits a game at one annealed scale is too fast for it.
-    "density_ratio": lambda typed: typed.build(
-        "density_ratio", generator_learning_rate=3e-4, critic_learning_rate=3e-4, final_learning_rate_fraction=1.0
-    ),
+    # Games at a steady pace. One scale of noise has to become small, for what is finer than it stays in the samples.
+    "spread_gan": lambda typed: typed.build("spread_gan", final_noise_scale=0.05, **GAME),
+    "density_ratio": lambda typed: typed.build("density_ratio", **GAME),
+    "density_ratio_vae": lambda typed: typed.build("density_ratio_vae", noise_scale=0.25, **GAME),
+    "score_difference": lambda typed: typed.build("score_difference", **GAME),
     "learned_sigma": lambda typed: typed.build("elbo", learned_scale=True),
     "constant_sigma": lambda typed: typed.build("spread_elbo", noise_scale=typed.settings["final_noise_scale"]),
     "importance": lambda typed: typed.build("importance"),
@@ -121,6 +124,7 @@ FACES: dict[str, Any] = {
     "steps": 1000,
     "width": 8,
     "importance_samples": 5,
+    "mirrored": True,
     "noise_decay_every": 70,
     "ema_decay": 0.99,
     "sample_every": 100_000,
@@ -133,6 +137,7 @@ PRESETS = {
     "mnist": {
         **FACES,
         "data": "mnist",
+        "mirrored": False,
         "image_size": 28,
         "channels": 1,
         "samples": 2000,
@@ -151,6 +156,7 @@ PRESETS = {
     "digits": {
         **FACES,
         "data": "digits",
+        "mirrored": False,
         "seeds": 2,
         "image_size": 28,
         "channels": 1,

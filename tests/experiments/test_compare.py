@@ -243,6 +243,7 @@ def test_methods_differ_in_what_they_say_alone():
     base = dataclasses.asdict(compare.TRAINED["fixed"](given))
     assert compare.TRAINED["fixed"](given).name == "spread_elbo"
     assert (base["width"], base["latent_dim"], base["learning_rate"]) == (2, 10, 5e-3)
+    game = {"critic_learning_rate": 2e-3, "generator_learning_rate": 1e-3, **compare.GAME}
     expected = {
         "vae": ("elbo", "gaussian", {"learned_scale": False}),
         "fixed": ("spread_elbo", "gaussian", {}),
@@ -250,12 +251,10 @@ def test_methods_differ_in_what_they_say_alone():
         "low_rank": ("spread_elbo", "low_rank", {}),
         "transformed": ("spread_elbo", "transformed", {}),
         "wae_mmd": ("wae_mmd", None, {"mmd_weight": 10.0}),
-        "spread_gan": ("spread_gan", "gaussian", {"critic_learning_rate": 2e-3, "generator_learning_rate": 1e-3}),
-        "density_ratio": (
-            "density_ratio",
-            None,
-            {"critic_learning_rate": 3e-4, "generator_learning_rate": 3e-4, "final_learning_rate_fraction": 1.0},
-        ),
+        "spread_gan": ("spread_gan", "gaussian", {**game, "final_noise_scale": 0.05}),
+        "density_ratio": ("density_ratio", None, {**game, "mirrored": False}),
+        "density_ratio_vae": ("density_ratio_vae", None, {**game, "noise_scale": 0.25}),
+        "score_difference": ("score_difference", None, {name: game[name] for name in compare.GAME}),
         "learned_sigma": ("elbo", "gaussian", {"learned_scale": True}),
         "constant_sigma": ("spread_elbo", "gaussian", {"noise_scale": 0.3}),
         "importance": ("importance", "gaussian", {"importance_samples": 5}),

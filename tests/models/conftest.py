@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -34,8 +35,8 @@ class Critic(nn.Module):
     """Does not start at 0, so that the generator's gradient does not vanish."""
 
     @nn.compact
-    def __call__(self, y):
-        return nn.Dense(1)(nn.tanh(nn.Dense(4)(y.reshape(len(y), -1))))[:, 0]
+    def __call__(self, y, sigma):
+        return nn.Dense(1)(nn.tanh(nn.Dense(4)(y.reshape(len(y), -1) / (1 + jnp.reshape(sigma, (-1, 1))))))[:, 0]
 
 
 NETWORKS = {"encoder": Encoder(), "generator": Generator(), "critic": Critic()}

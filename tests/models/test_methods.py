@@ -26,7 +26,7 @@ from spread_jax.models import (
 )
 from spread_jax.models._saved import method_from_json, to_json
 from spread_jax.models.vae import Unspread
-from spread_jax.nn import Denoiser, ScaleCritic
+from spread_jax.nn import Denoiser
 from spread_jax.training import Checkpointer, make_train_step
 from tests.models.conftest import IMAGE, NETWORKS, images
 
@@ -40,8 +40,6 @@ def make(objective, noise="gaussian", **changes):
     method = METHODS[objective](image_shape=IMAGE)
     denoiser = Denoiser(width=1)
     own = {**NETWORKS, "data_denoiser": denoiser, "sample_denoiser": denoiser}
-    if objective.startswith("density_ratio"):
-        own["critic"] = ScaleCritic(width=1)
     method = dataclasses.replace(method, networks={part: own[part] for part in method.parts})
     if hasattr(method, "noise"):
         method = dataclasses.replace(method, noise=NOISES[noise])

@@ -15,7 +15,49 @@ from spread_jax.noise import LogUniformScales
 
 
 @dataclasses.dataclass(frozen=True)
-class ScalesMethod(Method):
+class ToldScale(Method):
+    """A method with networks that are told the scale of the noise, and see (y - mean) / sqrt(scale^2 + sigma^2)."""
+
+    data_mean: float | None = None
+    """Mean of the images' pixels, which are in [0, 1]; of the training images if not given."""
+    data_scale: float | None = None
+    """Standard deviation of the images' pixels; of the training images if not given."""
+
+    def validate(self) -> None:
+        """Refuses settings that cannot work; see `Method.validate`."""
+        super().validate()
+        if self.data_scale is not None:
+            self.require_positive("data_scale")
+
+    def with_data(self, images: np.ndarray) -> Method:
+        """With mean and scale of the first 5,000 images, where they are not given."""
+        method = super().with_data(images)
+        unit = np.asarray(images[:5000]) / 255.0
+        mean = round(float(unit.mean()), 6) if self.data_mean is None else self.data_mean
+        scale = round(max(float(unit.std()), 1e-3), 6) if self.data_scale is None else self.data_scale
+        return dataclasses.replace(method, data_mean=mean, data_scale=scale)
+
+    def told_network(self, kind: Any, width: int) -> Any:
+        """A network that is told the scale of the noise, for data of this mean and scale."""
+        return kind(
+            width,
+            data_mean=0.5 if self.data_mean is None else self.data_mean,
+            data_scale=0.25 if self.data_scale is None else self.data_scale,
+            dtype=jnp.dtype(self.compute_dtype),
+        )
+
+    def example_inputs(self, part: str) -> tuple[jax.Array, ...]:
+        """A batch of one, with a scale for a network that is told it."""
+        inputs = super().example_inputs(part)
+        return inputs if part in ("encoder", "generator") else (*inputs, jnp.ones(1))
+
+    def game_adam(self, rate: float, steps: int, *, warmup: bool = False) -> optax.GradientTransformation:
+        """Adam without momentum, as Diffusion-GAN and the nets before it have it: what a player follows moves."""
+        return optax.adam(self.schedule(rate, steps, warmup=warmup), b1=0.0, b2=0.99)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalesMethod(ToldScale):
     """A generator whose samples are compared with data at scales of noise from a log-uniform law."""
 
     ema_decay: float = 0.995
@@ -32,51 +74,20 @@ class ScalesMethod(Method):
     """Adam's learning rate for the generator."""
     mirrored: bool = False
     """Show mirrored copies of the images too, where few images would be learned by heart."""
-    data_mean: float | None = None
-    """Mean of the images' pixels, which are in [0, 1]; of the training images if not given."""
-    data_scale: float | None = None
-    """Standard deviation of the images' pixels; of the training images if not given."""
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()
         self.require_positive("generator_learning_rate", "lowest_noise_scale")
-        if self.data_scale is not None:
-            self.require_positive("data_scale")
         if not self.lowest_noise_scale < self.highest_noise_scale < float("inf"):
             raise SettingError(
                 "highest_noise_scale",
                 f"must be above lowest_noise_scale, got {self.highest_noise_scale} and {self.lowest_noise_scale}.",
             )
 
-    def with_data(self, images: np.ndarray) -> Method:
-        """With mean and scale of the first 5,000 images, where they are not given."""
-        unit = np.asarray(images[:5000]) / 255.0
-        mean = round(float(unit.mean()), 6) if self.data_mean is None else self.data_mean
-        scale = round(max(float(unit.std()), 1e-3), 6) if self.data_scale is None else self.data_scale
-        return dataclasses.replace(self, data_mean=mean, data_scale=scale)
-
-    def scaled_network(self, kind: Any, width: int) -> Any:
-        """A network that is told the scale of the noise, for data of this mean and scale."""
-        return kind(
-            width,
-            data_mean=0.5 if self.data_mean is None else self.data_mean,
-            data_scale=0.25 if self.data_scale is None else self.data_scale,
-            dtype=jnp.dtype(self.compute_dtype),
-        )
-
-    def example_inputs(self, part: str) -> tuple[jax.Array, ...]:
-        """A batch of one, with a scale for a network that is told it."""
-        inputs = super().example_inputs(part)
-        return inputs if part in ("encoder", "generator") else (*inputs, jnp.ones(1))
-
     def law(self) -> LogUniformScales:
         """w, the law of noise scales."""
         return LogUniformScales(self.lowest_noise_scale, self.highest_noise_scale)
-
-    def adam(self, rate: float, steps: int, *, warmup: bool = False) -> optax.GradientTransformation:
-        """Adam without momentum, as Diffusion-GAN and the nets before it have it: what a player follows moves."""
-        return optax.adam(self.schedule(rate, steps, warmup=warmup), b1=0.0, b2=0.99)
 
     def shown(self, batch: jax.Array, key: jax.Array) -> jax.Array:
         """Images of a batch in [0, 1], each mirrored by chance if that was asked for."""

@@ -68,7 +68,7 @@ class DensityRatio(ScalesMethod):
         """The usual generator, and a critic that is told the scale."""
         if part != "critic":
             return super().usual_network(part)
-        return self.scaled_network(ScaleCritic, self.critic_width or self.width)
+        return self.told_network(ScaleCritic, self.critic_width or self.width)
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
@@ -80,8 +80,8 @@ class DensityRatio(ScalesMethod):
 
     def players(self, num_steps: int) -> tuple[Player, ...]:
         """The generator and the critic."""
-        model = self.adam(self.generator_learning_rate, num_steps, warmup=True)
-        critic = self.adam(self.critic_learning_rate, num_steps * self.critic_steps)
+        model = self.game_adam(self.generator_learning_rate, num_steps, warmup=True)
+        critic = self.game_adam(self.critic_learning_rate, num_steps * self.critic_steps)
         return (
             Player("model", ("generator",), self._generator_loss, model),
             Player("critic", ("critic",), self._critic_loss, critic, steps=self.critic_steps),

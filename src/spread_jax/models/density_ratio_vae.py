@@ -85,10 +85,12 @@ class DensityRatioVae(DensityRatio):
         # The encoder's gradient is that of the bound whatever the weight is, the generator's is weighted.
         weighted = lambda p: self.bound_weight * p + (1 - self.bound_weight) * jax.lax.stop_gradient(p)
         generator = jax.tree.map(weighted, params["generator"])
+        # With the batch statistics of samples from the prior, as the generator has them when it is used.
+        decode = self.network("generator", {"generator": generator}, variables, train=False)
         terms, (seen, _) = spread_elbo(
             to_unit(batch),
             self.network("encoder", params, variables, train=True),
-            self.network("generator", {"generator": generator}, variables, train=True),
+            lambda z: (decode(z), None),
             self._noise(),
             key=bound_key,
             has_aux=True,

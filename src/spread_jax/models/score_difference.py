@@ -63,7 +63,7 @@ class ScoreDifference(ScalesMethod):
         """The usual generator, and denoisers that are told the scale."""
         if part == "generator":
             return super().usual_network(part)
-        return self.scaled_network(Denoiser, self.denoiser_width or self.width)
+        return self.told_network(Denoiser, self.denoiser_width or self.width)
 
     def output_shapes(self, part):
         """Images of every part."""
@@ -79,8 +79,8 @@ class ScoreDifference(ScalesMethod):
 
     def players(self, num_steps: int) -> tuple[Player, ...]:
         """The generator, and both denoisers together."""
-        model = self.adam(self.generator_learning_rate, num_steps, warmup=True)
-        denoisers = self.adam(self.denoiser_learning_rate, num_steps * self.denoiser_steps)
+        model = self.game_adam(self.generator_learning_rate, num_steps, warmup=True)
+        denoisers = self.game_adam(self.denoiser_learning_rate, num_steps * self.denoiser_steps)
         moves = ("data_denoiser", "sample_denoiser")
         return (
             Player("model", ("generator",), self._generator_loss, model),
