@@ -59,7 +59,8 @@ def finished(tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     seen = []
     run = fit(
-        METHOD, splits(), path, SHORT, about={"experiment": "mine"}, quiet=True,
+        METHOD, splits(), path, dataclasses.replace(SHORT, mixture_samples=True), about={"experiment": "mine"},
+        quiet=True,
         on_log=lambda step, metrics: seen.append(step), extra_results=lambda run, data: {"mine": len(data["train"])},
     )  # fmt: skip
     assert seen == [1, 2, 2, 3, 4, 4]
@@ -78,10 +79,10 @@ def test_a_run_leaves_what_it_promises(finished):
     }  # fmt: skip
     assert {name: results[name] for name in expected} == expected
     assert results["noise_scale"] == pytest.approx(0.5 * 0.9**2)
-    for name in ("samples", "reconstructions", "interpolations", "curves", "samples/step_000002"):
+    for name in ("samples", "reconstructions", "interpolations", "curves", "samples/step_000002", "samples_mixture"):
         with Image.open(path / f"{name}.png") as picture:
             assert min(picture.size) > 60
-    assert (path / "report.html").read_text().count("<img") == 2 + 3
+    assert (path / "report.html").read_text().count("<img") == 2 + 4
     assert list((path / "tensorboard").iterdir())
     config = json.loads((path / "config.json").read_text())
     assert config["method"]["latent_dim"] == 3

@@ -2,7 +2,8 @@
 
 spread-jax sample runs/celeba/demo-0                       a grid of 64 in the run's folder
 spread-jax sample runs/celeba/demo-0 --num 1000 --folder samples/
-spread-jax sample runs/celeba/demo-0 --latents mixture     latents from a mixture fitted to the encoded training images
+spread-jax sample runs/celeba/demo-0 --best-of 4           of every four that which the critic finds best
+spread-jax sample runs/celeba/small-0 --latents mixture    latents from a mixture fitted to the encoded training images
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from spread_jax.cli.flags import parse_plain
 from spread_jax.cli.launch import print_result
 from spread_jax.errors import UsageError
 from spread_jax.evaluation import image_grid, save_image
-from spread_jax.models import fitted_latents, open_run, sample
+from spread_jax.models import best_of, fitted_latents, open_run, sample
 from spread_jax.runtime import configure
 
 __all__ = ["main"]
@@ -36,6 +37,9 @@ class Config:
     """Seed of the latents; sample i of a seed is the same whatever the number drawn, of those from the prior."""
     latents: Literal["prior", "mixture"] = "prior"
     """Draw z from N(0, I), or from a mixture of Gaussians fitted to the aggregate posterior of the training images."""
+    best_of: int = 1
+    """Of every so many samples draw that which the critic finds likest to data, for runs with a critic of log-ratios;
+    1 for all."""
     mixture_components: int = 10
     """Gaussians in the mixture."""
     step: int | None = None
@@ -55,7 +59,7 @@ class Config:
 def main(argv: list[str] | None = None) -> int:
     """Draws and writes."""
     config = parse_plain(Config, argv, prog="spread-jax sample", description=__doc__)
-    for name, lowest in (("num", 1), ("columns", 1), ("mixture_components", 1), ("seed", 0)):
+    for name, lowest in (("num", 1), ("columns", 1), ("best_of", 1), ("mixture_components", 1), ("seed", 0)):
         value = getattr(config, name)
         if value is not None and value < lowest:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}.")
@@ -67,7 +71,15 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"{config.run} has no encoder to fit a mixture with: draw from the prior.")
         train = open_split_of(data_of(run, config.data, config.cache_dir), run, "train")
         latents = fitted_latents(run, train, components=config.mixture_components).sample
-    images = sample(run, config.num, seed=config.seed, latents=latents)
+    if config.best_of > 1:
+        if latents is not None:
+            raise UsageError("--best-of chooses among samples of the prior: leave --latents out.")
+        try:
+            images = best_of(run, config.num, candidates=config.best_of, seed=config.seed)
+        except ValueError as error:
+            raise UsageError(f"--best-of cannot be used: {error}") from None
+    else:
+        images = sample(run, config.num, seed=config.seed, latents=latents)
     try:
         if config.folder is not None:
             config.folder.mkdir(parents=True, exist_ok=True)
@@ -76,11 +88,13 @@ def main(argv: list[str] | None = None) -> int:
             written = config.folder
         else:
             name = "" if config.latents == "prior" else f"_{config.latents}"
+            name += f"_best_of_{config.best_of}" if config.best_of > 1 else ""
             written = config.grid or config.run / f"samples{name}_seed{config.seed}.png"
             written.parent.mkdir(parents=True, exist_ok=True)
             save_image(image_grid(images, columns=config.columns), written)
     except OSError as error:
         raise UsageError(f"The samples could not be written: {error}. Choose another place.") from None
     print_result({"experiment": "sample", "run": str(config.run), "step": int(run.state.step), "num": config.num,
-                  "seed": config.seed, "latents": config.latents, "written": str(written)})  # fmt: skip
+                  "seed": config.seed, "latents": config.latents, "best_of": config.best_of,
+                  "written": str(written)})  # fmt: skip
     return 0

@@ -15,6 +15,7 @@ from spread_jax.models.score_difference import ScoreDifference
 from spread_jax.models.settings import DataSettings, FitSettings, open_splits
 from spread_jax.models.spread_gan import SpreadGan
 from spread_jax.models.vae import Vae
+from spread_jax.models.verify import best_of, log_ratios, rejection_sample
 from spread_jax.models.wae import WaeMmd
 
 METHODS: dict[str, type[Method]] = {
@@ -46,6 +47,7 @@ __all__ = [
     "Trained",
     "Vae",
     "WaeMmd",
+    "best_of",
     "encode",
     "evaluate",
     "evaluation_key",
@@ -54,11 +56,13 @@ __all__ = [
     "fit_mixture",
     "fitted_latents",
     "held_out",
+    "log_ratios",
     "open_run",
     "open_splits",
     "parameters",
     "posteriors",
     "reconstruct",
+    "rejection_sample",
     "sample",
     "shown_latents",
     "standard_normal",

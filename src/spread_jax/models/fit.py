@@ -19,8 +19,9 @@ from spread_jax.data.places import remember
 from spread_jax.errors import UsageError
 from spread_jax.evaluation import save_curves, write_report
 from spread_jax.models._saved import to_json
+from spread_jax.models.latents import fit_mixture, posteriors
 from spread_jax.models.method import Method, SettingError
-from spread_jax.models.pictures import draw_pictures
+from spread_jax.models.pictures import draw_fitted, draw_pictures
 from spread_jax.models.run import Programs, Trained, held_out
 from spread_jax.models.settings import SPLITS, DataSettings, FitSettings, open_splits
 from spread_jax.runtime import first_process, versions
@@ -46,6 +47,7 @@ LOCAL = ("data.cache_dir",)  # a place on this machine, which no folder from els
 RESUMABLE = (
     *(f"fit.{name}" for name in (
         "steps", "devices", "model_parallel", "record_every", "sample_every", "save_every", "keep", "held_out_examples",
+        "mixture_samples",
     )),
     "data.data",  # may have moved; its pixels are compared by their fingerprint
 )  # fmt: skip
@@ -186,6 +188,10 @@ def fit(
         trained.results, trained.records = results, folder.read_metrics()
         if pictures:
             job.draw(trained)
+            if settings.mixture_samples and trained.has_encoder:
+                found = posteriors(trained, train_split, count=5000, seed=settings.seed)
+                density = fit_mixture(found, components=min(10, len(found.mean)), seed=settings.seed)
+                draw_fitted(trained, folder, density.sample(64, evaluation_key(settings.seed)))
             title = ", ".join(str(part) for part in (config.get("preset"), f"seed {settings.seed}") if part)
             if panels := _panels(method, trained.records):
                 save_curves(

@@ -8,7 +8,7 @@ from spread_jax.evaluation import image_grid, save_image
 from spread_jax.models.run import Trained, in_batches
 from spread_jax.training import RunDirectory
 
-__all__ = ["draw_pictures", "spherical_interpolation"]
+__all__ = ["draw_fitted", "draw_pictures", "spherical_interpolation"]
 
 
 def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latents: np.ndarray, key) -> None:
@@ -57,6 +57,24 @@ def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latent
             real_images=True,
         )
         save_image(image_grid(rows, columns=len(images), scale=scale), path)
+
+
+def draw_fitted(run: Trained, folder: RunDirectory, latents: np.ndarray) -> None:
+    """A second grid of samples, of latents from a density fitted to the aggregate posterior.
+
+    Args:
+      run: the generator.
+      folder: the run's open folder.
+      latents: [n, Z].
+    """
+    samples = in_batches(lambda z: (run.programs.generate(run.state.ema, z),), latents)[0]
+    path = folder.save_figure_path(
+        "samples_mixture.png",
+        caption="Samples x = g(z), z from a mixture of Gaussians fitted to the aggregate posterior; none is selected.",
+        section="Samples",
+        grid=True,
+    )
+    save_image(image_grid(samples, columns=8, scale=max(1, 56 // run.method.image_shape[0])), path)
 
 
 def spherical_interpolation(start: np.ndarray, end: np.ndarray, *, num: int) -> np.ndarray:

@@ -188,7 +188,7 @@ def sample(
     Raises:
       ValueError: a number is out of range, or latents of another shape.
     """
-    run = _as_trained(run)
+    run = as_trained(run)
     if num < 1 or seed < 0:
         raise ValueError(f"num must be at least 1 and seed at least 0, got {num} and {seed}.")
     if latents is None:
@@ -248,7 +248,7 @@ def reconstruct(
 
 
 def _encoded(run, images, seed):
-    run, images = _as_trained(run), np.asarray(images)
+    run, images = as_trained(run), np.asarray(images)
     if not run.has_encoder:
         raise ValueError(f"{run.method.title} has no encoder, so its images cannot be encoded or reconstructed.")
     if images.ndim != 4 or images.shape[1:] != tuple(run.method.image_shape):
@@ -306,5 +306,5 @@ def in_batches(
     return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
-def _as_trained(run: Trained | str | os.PathLike) -> Trained:
+def as_trained(run: Trained | str | os.PathLike) -> Trained:
     return run if isinstance(run, Trained) else open_run(run)

@@ -48,6 +48,9 @@ class FitSettings:
     """Checkpoints to keep, besides the best."""
     held_out_examples: int = 500
     """Images of the test split in the final evaluation, of the validation split in the ones before."""
+    mixture_samples: bool = False
+    """Draw a second grid of samples at the end of a run with an encoder, z from a mixture of ten Gaussians fitted to
+    the aggregate posterior of the training images."""
 
     def validate(self) -> None:
         """Refuses numbers that cannot work.
