@@ -161,7 +161,14 @@ def claims_of_ica_without_noise(printed):
     assert number("three sources from two measurements") < 0.15  # rounding decides a chain's course: 0.09, 0.11
 
 
+def claims_of_one_sigma_or_many(printed):
+    steps = dict(re.findall(r"^(.+?) {2,}(never|\d+)$", printed, flags=re.M))
+    assert steps["sigma = 0.05"] == "never"
+    assert int(steps["log-uniform on [0.05, 2]"]) < int(steps["sigma = 2"]) / 3
+
+
 CLAIMS = {
+    "one_sigma_or_many": claims_of_one_sigma_or_many,
     "why_zero_likelihood": claims_of_why_zero_likelihood,
     "learn_the_spread": claims_of_learn_the_spread,
     "ica_without_noise": claims_of_ica_without_noise,
