@@ -53,6 +53,7 @@ def test_standard_em_freezes_says_so_and_spreading_frees_it_also_from_plateaus()
     assert float(frozen.residual) > 2
 
 
+@pytest.mark.slow
 def test_derivatives_to_the_data_are_those_that_fit_promises():
     x, _ = on_device(laplace_data(3, 200, 2, 2))
     options = {"num_samples": 2, "max_iterations": 4, "key": jax.random.key(0)}
