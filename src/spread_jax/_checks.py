@@ -10,6 +10,7 @@ import numpy as np
 
 __all__ = [
     "at_least_float32",
+    "at_least_float32_dtype",
     "check_batch",
     "check_callable",
     "check_count",
@@ -38,9 +39,14 @@ def check_batch(name: str, value) -> jax.Array:
     return array
 
 
+def at_least_float32_dtype(dtype):
+    """The floating-point dtype, float32 if it is narrower: also where JAX is told to promote nothing."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
 def at_least_float32(array: jax.Array) -> jax.Array:
     """The array, in float32 if its dtype is narrower."""
-    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    return array.astype(at_least_float32_dtype(array.dtype))
 
 
 def check_same_shape(name: str, value: jax.Array, other_name: str, other: jax.Array) -> None:

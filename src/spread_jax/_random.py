@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from spread_jax._threefry import is_typed, laplace, normal, uniform
 
 __all__ = [
     "check_key",
+    "check_one_key",
     "draw_normal",
     "example_keys",
     "is_for_examples",
@@ -28,14 +31,14 @@ def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
     does too: the program is that of the whole batch.)
 
     Args:
-      key: a typed JAX random key, that of the step.
+      key: a JAX random key, that of the step.
       indices: [batch] integers, the examples' places in the batch of all devices and processes.
 
     Returns:
       [batch] keys.
 
     Raises:
-      TypeError: the indices are no integers.
+      TypeError: `key` is no key, or the indices are no integers.
       ValueError: they are not of shape [batch].
 
     Example:
@@ -53,21 +56,39 @@ def example_keys(key: jax.Array, indices: jax.Array) -> jax.Array:
         raise TypeError(f"indices must be integers, got {indices.dtype}.")
     if indices.ndim != 1:
         raise ValueError(f"indices must have shape [batch], got {indices.shape}.")
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, indices)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(check_one_key(key), indices)
 
 
 def check_key(key: jax.Array, *batches: int) -> jax.Array:
     """The key, typed, refusing what is neither one key nor one for each example of each batch."""
-    legacy = getattr(key, "dtype", None) == jnp.uint32 and getattr(key, "ndim", 0) > 0
-    if not (is_typed(key) or legacy):
-        raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {type(key).__name__}.")
-    key = jax.random.wrap_key_data(key) if legacy else key
+    key = _typed(key)
     for batch in batches:
         if key.shape not in ((), (batch,)):
             raise ValueError(
                 f"key must be one random key or one for each of the {batch} examples, got shape {key.shape}."
             )
     return key
+
+
+def check_one_key(key: jax.Array) -> jax.Array:
+    """The key, typed, refusing what is not one key."""
+    key = _typed(key)
+    if key.ndim:
+        raise ValueError(
+            f"key must be one random key, got shape {key.shape}: spread and the objectives take one for each example."
+        )
+    return key
+
+
+def _typed(key):
+    """One key or many, typed: those of jax.random.PRNGKey are arrays of numbers."""
+    if is_typed(key):
+        return key
+    if getattr(key, "dtype", None) == jnp.uint32 and getattr(key, "ndim", 0) > 0:
+        with contextlib.suppress(TypeError):  # as many numbers as no key has
+            return jax.random.wrap_key_data(key)
+    got = f"{key.dtype} of shape {key.shape}" if hasattr(key, "dtype") else type(key).__name__
+    raise TypeError(f"key must be a JAX random key, such as jax.random.key(0), got {got}.")
 
 
 def split_key(key: jax.Array) -> tuple[jax.Array, jax.Array]:

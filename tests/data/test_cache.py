@@ -291,3 +291,13 @@ def test_a_valid_cache_needs_no_write_permission(photos, own_cache):
     open_train(photos)
     assert own_cache.stat().st_mtime_ns == stamp
     assert not list(own_cache.glob("*.lock"))
+
+
+def test_the_first_so_many_examples_keep_their_labels(tmp_path):
+    few, every = (
+        open_dataset("digits", "test", max_examples=most, cache_dir=str(tmp_path), progress=lambda *_: None)
+        for most in (7, None)
+    )
+    np.testing.assert_array_equal(few.labels, every.labels[:7])
+    np.testing.assert_array_equal(few.images, every.images[:7])
+    assert len(set(few.labels.tolist())) > 1

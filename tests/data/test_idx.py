@@ -112,3 +112,15 @@ def test_real_mnist(mnist_folder):
     assert np.mean(test.images) / 255 == pytest.approx(0.1325, abs=5e-4)
     with gzip.open(mnist_folder / "t10k-images-idx3-ubyte.gz") as file:
         assert file.read()[16:] == test.images.tobytes()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_one_byte_more_or_less_than_the_header_promises_is_refused(pack, tmp_path):
+    sound = idx_bytes(np.arange(12, dtype=np.uint8).reshape(3, 4))
+    path = tmp_path / "images-idx2-ubyte"
+    path.write_bytes(pack(sound))
+    assert read_idx(path).shape == (3, 4)
+    for content in (sound + b"\0", sound[:-1]):
+        path.write_bytes(pack(content))
+        with pytest.raises(DatasetError, match="truncated or damaged"):
+            read_idx(path)

@@ -95,6 +95,21 @@ def test_hellinger_of_near_equal_gaussians_in_many_dimensions():
         np.testing.assert_allclose(slope, expected, atol=2e-3 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("make", [GaussianNoise, LaplaceNoise, UniformNoise])
+def test_the_squared_l2_distance_in_the_dimensions_of_an_image_is_infinite_or_zero_and_never_nan(make):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 784)), jnp.float32) / 100
+    distance = jax.jit(lambda x, y, scale: sj.spread_l2_squared(x, y, make(scale)))
+    assert distance(x, x + 0.01, 0.1) == jnp.inf
+    assert distance(x, x + 0.01, 5.0) == 0
+    # At a scale where the numbers fit, NumPy on the sums of logarithms.
+    scale = {GaussianNoise: 0.28, LaplaceNoise: 0.25, UniformNoise: 0.5}[make]
+    with jax.enable_x64(True):
+        kernel = lambda a, b: np.exp(np.asarray(make(scale).log_mmd_kernel(np.float64(a), np.float64(b))))
+        y = np.asarray(x) + 0.01
+        expected = kernel(x, x).mean() + kernel(y, y).mean() - 2 * kernel(x, y).mean()
+    np.testing.assert_allclose(distance(x, y, scale), expected, rtol=1e-3)
+
+
 @pytest.mark.parametrize("make", [GaussianNoise, LaplaceNoise, LogisticNoise, CauchyNoise])
 def test_the_logarithm_of_a_kernel_in_the_dimensions_of_an_image(make):
     x, x2 = np.random.default_rng(0).normal(size=(2, 3, 784)).astype(np.float32) / 4

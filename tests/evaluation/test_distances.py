@@ -313,3 +313,11 @@ def test_what_are_no_moments_is_told_how_to_make_them(other):
     ):
         with pytest.raises(TypeError, match=message):
             call()
+
+
+def test_the_kernel_distances_error_is_never_nothing(chance):
+    """Of equal distributions what is subtracted from its variance exceeds that at times: then a floor holds."""
+    found = [kernel_distance(*chance.normal(size=(2, 10, 2))) for _ in range(200)]
+    values, errors = np.array(found).T
+    assert errors.min() > 0.05 * values.std()
+    assert 0.5 < np.sqrt(np.square(errors).mean()) / values.std() < 2

@@ -325,3 +325,14 @@ def test_a_law_that_is_wrong_for_one_source_does_no_harm():
     z = np.stack([LAWS[law](rng, 8000) for law in ("laplace", "uniform", "laplace")], axis=1)
     result = ica.fit(z @ mixing.T, 3, source="laplace", key=KEY)
     assert mixing_error(result.mixing, mixing, kind="direction") < 0.03
+
+
+@pytest.mark.parametrize("count", [300, 5000, 20011])
+def test_averages_over_blocks_are_those_over_all(count):
+    """Also of what is not zero at zero, where a block is padded with it."""
+    v = np.random.default_rng(0).normal(size=(9, count)).astype(np.float32)
+    statistics = lambda v, weights: ((1 / (1 + v * v) * weights).sum(axis=1), (v * weights) @ v.T)
+    want = (1 / (1 + np.float64(v) ** 2)).mean(axis=1), np.float64(v) @ v.T / count
+    for array in (v, jnp.asarray(v)):
+        for found, expected in zip(_host.mean_over(statistics, _host.blocks(array)), want, strict=True):
+            np.testing.assert_allclose(found, expected, atol=2e-6)

@@ -95,3 +95,32 @@ def test_mne_takes_the_blinks_out():
     assert left < 0.15 * np.linalg.norm(blinks)
     matched = match_columns(ica.mixing_matrix_, np.linalg.pinv(ica.unmixing_matrix_))
     np.testing.assert_allclose(matched, np.linalg.pinv(ica.unmixing_matrix_), atol=1e-8)
+
+
+class Recorded:
+    """As much of MNE's ICA, and of a recording, as `fit_mne` calls: sources of white data, turned."""
+
+    def __init__(self, sources, turn):
+        self.sources, self.turn = sources, turn
+
+    def fit(self, inst, **fit):
+        self.unmixing_matrix_, self.fitted = self.turn.copy(), fit
+
+    def get_sources(self, inst):
+        return self
+
+    def get_data(self):
+        return self.turn @ self.sources
+
+
+def test_components_of_a_recording_come_in_the_order_of_what_they_explain():
+    rng = np.random.default_rng(0)
+    scales = np.array([1.0, 4.0, 2.0])
+    independent = rng.laplace(size=(3, 6000)) / np.sqrt(2)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    ica = fit_mne(Recorded(scales[:, None] * independent, turn), None, random_state=0, picks="eeg")
+    assert (ica.fitted, ica.method) == ({"picks": "eeg"}, "spread")
+    lengths = np.linalg.norm(ica.mixing_matrix_, axis=0)
+    np.testing.assert_allclose(lengths, [4, 2, 1], rtol=0.1)
+    np.testing.assert_allclose(ica.unmixing_matrix_ @ ica.mixing_matrix_, np.eye(3), atol=1e-9)
+    assert (ica.mixing_matrix_[np.abs(ica.mixing_matrix_).argmax(axis=0), range(3)] > 0).all()

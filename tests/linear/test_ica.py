@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from spread_jax.linear import _iterative, ica
-from spread_jax.linear.sources import LaplaceSource
+from spread_jax.linear.sources import BernoulliGaussSource, LaplaceSource, StudentTSource
 from tests.linear._data import direction_error, laplace_data, on_device
 
 
@@ -51,6 +51,22 @@ def test_standard_em_freezes_says_so_and_spreading_frees_it_also_from_plateaus()
     assert direction_error(frozen.mixing, truth) > 3 * direction_error(result.mixing, truth)
     assert not bool(frozen.converged)
     assert float(frozen.residual) > 2
+
+
+@pytest.mark.slow
+def test_derivatives_to_the_data_are_those_that_fit_promises():
+    x, _ = on_device(laplace_data(3, 200, 2, 2))
+    options = {"num_samples": 2, "max_iterations": 4, "key": jax.random.key(0)}
+    size = lambda x, **options: jnp.square(ica.fit(x, 2, **options).mixing).sum()
+    of_scale = lambda s, method: size(s * x, method=method, **options)
+    for method in ("closed_form", "natural_gradient", "spread_em"):
+        # A is as long as the data are, whatever the method has found so far; EM's noise follows A.
+        value, slope = jax.jvp(lambda s, m=method: of_scale(s, m), (jnp.float32(1),), (jnp.float32(1),))
+        np.testing.assert_allclose(slope, 2 * value, rtol=2e-3)
+    value, slope = jax.value_and_grad(lambda s: of_scale(s, "natural_gradient"))(jnp.float32(1))
+    np.testing.assert_allclose(slope, 2 * value, rtol=2e-3)
+    with pytest.raises(ValueError, match="Reverse-mode differentiation does not work"):
+        jax.grad(lambda s: of_scale(s, "closed_form"))(jnp.float32(1))
 
 
 @pytest.mark.slow
@@ -95,13 +111,32 @@ X = np.asarray(laplace_data(0, 50, 4, 3)[0])
         (lambda k: ica.fit(X, 3, method="em", key=k), ValueError, "observation_scale must be positive"),
         (lambda k: ica.fit(X, 3, noise_scale=-1.0, key=k), ValueError, "noise_scale must be positive"),
         (lambda k: ica.fit(X, 3, noise_scale=0.0, key=k), ValueError, "noise_scale must be positive"),
-        (lambda k: ica.fit(X, 3, method="gibbs", noise_scale=-1.0, key=k), ValueError, "must not be negative"),
+        (
+            lambda k: ica.fit(X, 3, method="gibbs", noise_scale=-1.0, key=k),
+            ValueError,
+            "noise_scale must be at least 0",
+        ),
         (lambda k: ica.fit(X, 3, method="natural_gradient", noise_scale=0.0, key=k), ValueError, "must not both be 0"),
         (
             lambda k: ica.fit(X, 3, observation_scale=np.nan, key=k),
             ValueError,
-            "observation_scale must not be negative",
+            "observation_scale must be at least 0",
         ),
+        (
+            lambda k: ica.fit(X, 3, observation_scale=jnp.float32(-1), key=k),
+            ValueError,
+            "at least 0 and finite, got -1.0",
+        ),
+        (lambda k: ica.fit(X, 3, method="em", observation_scale=jnp.float32(0), key=k), ValueError, "must be positive"),
+        (
+            lambda k: ica.em_step(jnp.ones((4, 2)), X, noise_scale=jnp.zeros(()), key=k),
+            ValueError,
+            "must not both be 0",
+        ),
+        (lambda _: StudentTSource(jnp.float32(2)), ValueError, "df must be finite and above 2"),
+        (lambda _: BernoulliGaussSource(jnp.float32(1)), ValueError, "probability must lie between 0 and 1"),
+        (lambda _: BernoulliGaussSource(0.1, jnp.float32(1)), ValueError, "spike_scale must be below 1"),
+        (lambda _: ica.fit(X, 3, key=0), TypeError, "key must be a JAX random key, such as .*, got int"),
         (lambda k: ica.fit(X, 3, max_iterations=0, key=k), ValueError, "max_iterations must be at least 1, got 0"),
         (lambda k: ica.fit(X, 3, tolerance=-1.0, key=k), ValueError, "tolerance must be positive"),
         (lambda k: ica.em_step(jnp.ones((4, 2)), X, key=k), ValueError, "must not both be 0"),

@@ -40,3 +40,12 @@ def test_columns_of_any_unit_or_zero_have_an_order():
     mixing = np.array([[1.0, 0.0, 2.0], [0.5, 0.0, -1.0]])
     for scale in (1e-30, 1.0, 1e30):
         np.testing.assert_allclose(in_order(scale * mixing), scale * np.array([[2.0, 1.0, 0.0], [-1.0, 0.5, 0.0]]))
+
+
+def test_of_two_entries_of_nearly_one_size_the_first_is_made_positive(dtype):
+    """Whichever of them an error of estimation has made the larger."""
+    for second in (1 - MARGIN / 2, 1 + MARGIN / 2):
+        for xp in (np, jnp):
+            order, signs = stable_order(xp.asarray([[-1.0], [second]], dtype))
+            assert (int(order[0]), float(signs[0])) == (0, -1.0), second
+    assert float(stable_order(np.array([[-1.0], [1 + 2 * MARGIN]]))[1][0]) == 1.0

@@ -117,6 +117,14 @@ def test_a_method_trains_and_resumes_bit_exact(objective, noise, changes, tmp_pa
     numbers = jax.jit(method.evaluate)(state, x, key=jax.random.key(0))
     assert set(numbers) == EVALUATED[objective]
     assert all(value.shape == (6,) and np.isfinite(value).all() for value in numbers.values())
+    if "spread_kl_bound_nats" in numbers:
+        bound = numbers.get("importance_bound_nats", numbers["elbo_nats"])
+        want = -bound - float(method.entropy(method.noise_of(state)))
+        np.testing.assert_allclose(numbers["spread_kl_bound_nats"], want, rtol=1e-5)
+    if "bits_per_dim" in numbers:
+        np.testing.assert_allclose(
+            numbers["bits_per_dim"] * math.prod(IMAGE), -numbers["elbo_nats"] / math.log(2), rtol=1e-5
+        )
     assert method.best_metric is None or method.best_metric[0] in numbers
     assert set(method.bounds) <= set(numbers)
     assert method.summary({name: float(value.mean()) for name, value in numbers.items()})
@@ -168,6 +176,15 @@ def test_a_noise_follows_the_encoder_only_if_it_is_told_to():
             {**state.params, "noise": noise}, state.variables, images(0), key=jax.random.key(1), step=0
         )[0]
         found[through] = jax.jit(jax.value_and_grad(loss))(state.params["noise"])
+        # It ascends on the bound of the spread KL, -ELBO - H(p(y|x)).
+        metrics = jax.jit(method.players(4)[0].loss)(
+            state.params, state.variables, images(0), key=jax.random.key(1), step=0
+        )[1].metrics
+        factor = np.asarray(method.noise_of(state).factor, np.float64).reshape(64, -1)
+        covariance = method.noise_scale**2 * np.eye(64) + factor @ factor.T
+        entropy = 0.5 * np.linalg.slogdet(2 * math.pi * math.e * covariance)[1]
+        np.testing.assert_allclose(found[through][0], metrics["elbo"] + entropy, rtol=1e-4)
+        np.testing.assert_allclose(metrics["spread_kl_bound"], -metrics["elbo"] - entropy, rtol=1e-4)
     np.testing.assert_allclose(found[True][0], found[False][0], rtol=1e-6)
     difference = np.abs(found[True][1]["factor"] - found[False][1]["factor"]).max()
     assert difference > 1e-3 * np.abs(found[True][1]["factor"]).max()

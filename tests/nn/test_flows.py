@@ -99,3 +99,15 @@ def test_it_starts_as_the_identity_and_fits_what_a_gaussian_cannot():
 def test_bad_arguments_are_refused(settings, shape, message):
     with pytest.raises(ValueError, match=message):
         CouplingFlow(**settings).init(jax.random.key(0), jnp.ones(shape))
+
+
+@pytest.mark.parametrize("dim", [3, 4, 7])
+def test_every_two_coordinates_are_on_different_sides_of_some_coupling(dim):
+    """Else one would never be moved as a function of the other directly; and each moves in half of the couplings."""
+    flow = CouplingFlow(dim=dim, num_couplings=2 * (dim - 1).bit_length())
+    masks = np.array(flow._masks(float))
+    assert set(masks.ravel()) == {0, 1}
+    np.testing.assert_array_equal(masks.mean(axis=0), 0.5)
+    for i in range(dim):
+        for j in range(i):
+            assert (masks[:, i] != masks[:, j]).any(), (i, j)

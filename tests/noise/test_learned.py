@@ -142,3 +142,19 @@ def test_noise_out_of_its_range_stops_the_run(value, message):
     assert (caught.value.step, caught.value.name) == (40, "noise_entropy")
     with pytest.raises(KeyError, match="noise_entropy"):
         check_noise_range(40, {}, limits)
+
+
+def test_columns_start_with_about_unit_length(key):
+    params, _ = LearnedCovariance(rank=3).init((20, 20), key=key)
+    # |column|^2 is a chi-squared of 400 over 400.
+    np.testing.assert_allclose(np.square(params["factor"]).sum(axis=(0, 1)), 1, atol=6 * math.sqrt(2 / 400))
+
+
+def test_diagnostics_of_a_scale_for_each_example_are_their_mean(key):
+    model = LearnedCovariance(rank=2)
+    params, _ = model.init(EVENT, key=key)
+    ratio = lambda scale: float(model.diagnostics(model.noise(params, None, scale), EVENT)["noise_entropy_ratio"])
+    scales = [0.1, 0.5, 2.0]
+    each = [ratio(scale) for scale in scales]
+    assert np.ptp(each) > 0.01
+    assert ratio(jnp.array(scales).reshape(3, 1, 1)) == pytest.approx(np.mean(each), rel=1e-5)

@@ -107,3 +107,9 @@ def test_each_example_has_its_key_and_annealed_ends_compile_once(key):
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_sampler_of_another_dtype_gives_scales_of_the_images(key):
+    law = SampledScales(lambda key, shape, dtype: jnp.full(shape, 0.5, jnp.float16), rising_density, LOW, HIGH)
+    for keys in (key, example_keys(key, jnp.arange(3))):
+        assert law.sample(jnp.zeros((3, 2)), key=keys).dtype == jnp.float32

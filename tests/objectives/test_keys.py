@@ -7,12 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import spread_jax as sj
 from spread_jax import (
     GaussianNoise,
     LaplaceNoise,
     LowRankGaussianNoise,
     elbo,
     example_keys,
+    spread,
     spread_elbo,
     spread_gan_losses,
     spread_importance_bound,
@@ -90,3 +92,54 @@ def test_keys_of_another_number_are_refused(key):
         example_keys(key, jnp.ones(3))
     with pytest.raises(ValueError, match=r"indices must have shape \[batch\], got \(\)"):
         example_keys(key, 3)
+
+
+def test_keys_of_the_old_kind_are_those_of_the_new(key):
+    """jax.random.PRNGKey gives arrays of numbers: one, or one for each example."""
+    old = jax.random.key_data(key)
+    bound = lambda key: elbo(data(), encode, decode, GaussianNoise(SIGMA), key=key).elbo
+    np.testing.assert_array_equal(bound(old), bound(key))
+    keys = example_keys(key, jnp.arange(4))
+    np.testing.assert_array_equal(jax.random.key_data(example_keys(old, jnp.arange(4))), jax.random.key_data(keys))
+    np.testing.assert_array_equal(bound(jax.random.key_data(keys)), bound(keys))
+    draw = lambda key: LaplaceNoise(SIGMA).sample(data(), key=key)
+    np.testing.assert_array_equal(draw(old), draw(key))
+
+
+X, N = jnp.ones((4, 3)), GaussianNoise(1.0)
+SAMPLER = lambda params, num, *, key: params + jax.random.normal(key, (num, 3))
+LAW = sj.LogUniformScales(0.1, 1.0)
+DRAWS = {
+    "noise": lambda key: N.sample(X, key=key),
+    "noise around f": lambda key: sj.TransformedNoise(LaplaceNoise(1.0), jnp.tanh).sample(X, key=key),
+    "low rank": lambda key: LowRankGaussianNoise(1.0, X[:3, :1]).sample(X, key=key),
+    "labels": lambda key: sj.DiscreteNoise.uniform_mixture(3, 0.5).sample(jnp.array([1]), key=key),
+    "learned noise": lambda key: sj.LearnedCovariance(rank=1).init((3,), key=key),
+    "keys": lambda key: example_keys(key, jnp.arange(2)),
+    "divergence": lambda key: sj.spread_divergence(X, X, N, num_samples=4, key=key),
+    "KL": lambda key: sj.spread_kl(
+        X, lambda num, *, key: jnp.ones((num, 3)), N, num_samples=4, num_model_samples=2, key=key
+    ),
+    "L1": lambda key: sj.spread_l1(X, X, N, num_samples=4, key=key),
+    "over scales": lambda key: sj.spread_divergence_over_scales(X, X, LAW, num_samples=4, key=key),
+    "information": lambda key: sj.spread_fisher_information(
+        SAMPLER, jnp.zeros(3), N, num_samples=4, num_model_samples=3, key=key
+    ),
+}
+MANY = {
+    "spread": lambda key: spread(X, N, key=key),
+    "scales": lambda key: LAW.sample(X, key=key),
+    "elbo": lambda key: elbo(X, encode, decode, N, key=key),
+}
+
+
+@pytest.mark.parametrize("name", [*DRAWS, *MANY])
+def test_what_is_no_key_gets_a_sentence(name, key):
+    draw = {**DRAWS, **MANY}[name]
+    for wrong, got in ((0, "int"), (None, "NoneType"), (jnp.ones(2), r"float32 of shape \(2,\)"),
+                       (jnp.ones(3, jnp.uint32), r"uint32 of shape \(3,\)")):  # fmt: skip
+        with pytest.raises(TypeError, match=f"key must be a JAX random key, such as .*, got {got}"):
+            draw(wrong)
+    if name in DRAWS:
+        with pytest.raises(ValueError, match=r"key must be one random key, got shape \(4,\)"):
+            draw(jax.random.split(key, 4))

@@ -360,3 +360,20 @@ still = lambda y, sigma: y
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_the_noise_knows_nothing_of_its_scale(key):
+    """One number for each example: the draws of both would be functions of one another, were their keys the same."""
+    for keys in (key, example_keys(key, jnp.arange(4000))):
+        y, sigma = spread_over_scales(jnp.zeros((4000, 1)), LogUniformScales(0.1, 1.0), key=keys)
+        epsilon = y[:, 0] / sigma
+        assert scipy.stats.kstest(np.asarray(epsilon), "norm").pvalue > 1e-4
+        for other in (jnp.log(sigma), jnp.square(jnp.log(sigma) - jnp.log(sigma).mean())):
+            for of_noise in (epsilon, jnp.square(epsilon)):
+                assert abs(np.corrcoef(other, of_noise)[0, 1]) < 6 / np.sqrt(4000)
+
+
+def test_a_critic_that_knows_nothing_is_right_half_the_time(key):
+    critic = lambda y, sigma: jnp.zeros(len(y))
+    x = jnp.ones((6, 2))
+    assert density_ratio_losses(x, x, critic, LogUniformScales(0.1, 1.0), key=key).accuracy == 0.5

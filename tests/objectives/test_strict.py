@@ -109,6 +109,17 @@ def test_scales(law):
     traces(law.log_prob, jnp.full((4, 1), 0.5))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_sums_in_no_narrower_a_dtype_than_float32(dtype):
+    """Nothing is promoted where the numbers are as wide already, or wider."""
+    with jax.enable_x64(True):
+        x, factor = X.astype(dtype), FACTOR.astype(dtype)
+        low_rank = sj.LowRankGaussianNoise(0.5, factor)
+        traces(lambda x: low_rank.log_prob(x, x), x)
+        traces(lambda x: sj.log_spread_density(x, x, low_rank), x)
+        traces(lambda mean: sj.spread_kl_gaussians(mean, COV.astype(dtype), x[1], COV.astype(dtype), low_rank), x[0])
+
+
 def test_the_rest():
     for kernel in (sj.GaussianKernel(1.0), sj.LaplaceKernel(1.0), sj.InverseMultiquadricKernel(1.0)):
         traces(lambda x, k=kernel: sj.mmd_squared(x, Y, k), X)

@@ -151,3 +151,33 @@ def test_learning_rate_schedule():
         learning_rate_schedule(1.0, num_steps=10, warmup=10)
     with pytest.raises(ValueError, match="final_fraction must be in"):
         learning_rate_schedule(1.0, num_steps=10, final_fraction=2.0)
+
+
+def test_a_request_during_the_last_step_ends_a_run_that_is_done_anyway():
+    with StopRequest() as stop:
+
+        def step(state, batch):
+            if state == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return state + 1, {"value": 0.0}
+
+        result, log = run(step, stop=stop)
+    assert (result, log.get("error")) == (10, None)
+    assert log["saves"][-1][0] == 10
+
+
+def test_the_rate_leaves_evaluations_and_saves_out(monkeypatch):
+    """By a clock of the test's own, on which a step takes 1 s, an evaluation 100 and a save 1000."""
+    clock = [0.0]
+    monkeypatch.setattr("spread_jax.training.loop.time.perf_counter", lambda: clock[0])
+
+    def wait(seconds):
+        clock[0] += seconds
+
+    records = []
+    train(
+        0, lambda state, batch: (wait(1) or state + 1, {"value": 0.0}), itertools.count(), start_step=0, num_steps=9,
+        on_record=records.append, record_every=4, on_evaluate=lambda step, state: wait(100), evaluate_every=2,
+        save=lambda step, state, metrics: wait(1000), save_every=3,
+    )  # fmt: skip
+    assert [record.seconds_per_step for record in records] == [1.0, 1.0, 1.0]

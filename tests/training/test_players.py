@@ -11,6 +11,7 @@ import pytest
 
 from spread_jax import LowRankGaussianNoise, NoiseCollapseError, check_noise_range, spread_elbo
 from spread_jax.training import Checkpointer, LossOutput, Player, Round, create_train_state, make_train_step, train
+from spread_jax.training.players import in_micro_batches
 
 X, Z, R = 5, 2, 2
 SEED = 3
@@ -333,3 +334,12 @@ def test_bad_arguments_are_refused():
         make_train_step([])
     with pytest.raises(TypeError, match="params must map the names of parts to their parameters, got "):
         create_train_state(jnp.ones(3), {}, [model], key=jax.random.key(0))
+
+
+def test_micro_batches_take_every_kth_row_so_that_no_row_leaves_its_device():
+    see = lambda state, batch, key: (batch.sum(), jnp.concatenate([state[1:], batch[None]]))
+    total, seen = in_micro_batches(
+        see, jnp.zeros((4, 2)), jnp.arange(8.0), key=jax.random.key(0), accumulate=4, keys_per_example=False
+    )
+    np.testing.assert_array_equal(seen, [[0, 4], [1, 5], [2, 6], [3, 7]])
+    assert total == 28 / 4

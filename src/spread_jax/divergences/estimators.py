@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_callable, check_count, check_same_event, check_samples
+from spread_jax._random import check_one_key
 from spread_jax.divergences.f_divergences import FDivergence, check_divergence, kl
 from spread_jax.divergences.mixtures import log_spread_density
 from spread_jax.noise import SpreadNoise
@@ -85,7 +86,7 @@ def spread_divergence(
     check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     check_divergence("divergence", divergence)
-    p_key, q_key = jax.random.split(key)
+    p_key, q_key = jax.random.split(check_one_key(key))
     y_p = _draw(p_samples, noise, num_samples, p_key)
     y_q = _draw(q_samples, noise, num_samples, q_key)
     y = jnp.concatenate([y_p, y_q])
@@ -152,7 +153,7 @@ def spread_kl(
     check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     num_model_samples = check_count("num_model_samples", num_model_samples)
-    y_key, model_key = jax.random.split(key)
+    y_key, model_key = jax.random.split(check_one_key(key))
     model_samples = check_samples("sampler(num, key=key)", sampler(num_model_samples, key=model_key))
     if model_samples.shape[0] != num_model_samples:
         raise ValueError(

@@ -8,7 +8,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from spread_jax._checks import check_batch, check_count, check_same_event, check_samples, is_concrete
+from spread_jax._checks import (
+    at_least_float32_dtype,
+    check_batch,
+    check_count,
+    check_same_event,
+    check_samples,
+    is_concrete,
+)
 from spread_jax._pairwise import exp2, is_product, product, split_distances, squares
 from spread_jax._pytree import frozen_pytree
 from spread_jax.noise import SpreadNoise, TransformedNoise
@@ -77,7 +84,7 @@ def log_spread_density(
         atoms, noise = noise.location(atoms), noise.base
     check_same_event("y", y, "atoms", atoms)
     num_y, num_atoms = y.shape[0], atoms.shape[0]
-    dtype = jnp.promote_types(jnp.result_type(y, atoms), jnp.float32)  # sums over atoms leave narrower ones
+    dtype = at_least_float32_dtype(jnp.result_type(y, atoms))  # sums over atoms leave narrower ones
     y, atoms = y.astype(dtype), atoms.astype(dtype)
     if log_weights is None:
         log_weights = jnp.full(num_atoms, -math.log(num_atoms), dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -205,8 +206,8 @@ def spread_l2_squared(
 
     It is the squared MMD with the kernel k(x, x2) = ∫ p(y|x) p(y|x2) dy. It needs no logarithm, so it is
     defined for noises without a shared support too, such as UniformNoise. In the dimensions of an image it is 0 or
-    infinite in any dtype, for its unit is that of a density: compare there by the kernel
-    exp(noise.log_mmd_kernel(x, x2) - c) with c its value of a sample and itself, of Gaussian noise
+    infinite in any dtype, for its unit is that of a density: compare there by `mmd_squared` with the kernel
+    exp(noise.log_mmd_kernel(x, x2) - c), c being its value of a sample and itself; of Gaussian noise that is
     `GaussianKernel(sqrt(2) sigma)`.
 
     Args:
@@ -216,7 +217,7 @@ def spread_l2_squared(
       chunk_size: as in `mmd_squared`.
 
     Returns:
-      Scalar, in units of a density.
+      Scalar, in units of a density: infinite where that is larger than the dtype holds, 0 where smaller.
 
     Raises:
       TypeError: if the noise has no closed-form `mmd_kernel`.
@@ -233,7 +234,13 @@ def spread_l2_squared(
         raise TypeError(f"noise {type(noise).__name__} has no closed-form mmd_kernel, which this distance needs.")
     p_samples, q_samples = check_samples("p_samples", p_samples), check_samples("q_samples", q_samples)
     check_same_event("p_samples", p_samples, "q_samples", q_samples)
-    return mmd_squared(p_samples, q_samples, noise.mmd_kernel, unbiased=False, chunk_size=chunk_size)
+    distance = functools.partial(mmd_squared, p_samples, q_samples, unbiased=False, chunk_size=chunk_size)
+    if not hasattr(noise, "log_mmd_kernel"):
+        return distance(noise.mmd_kernel)
+    # Only the unit may be too large: infinity minus infinity would be no number.
+    log_unit = noise.log_mmd_kernel(p_samples[:1], p_samples[:1])[0, 0]
+    relative = distance(lambda x, x2: jnp.exp(noise.log_mmd_kernel(x, x2) - log_unit))
+    return jnp.where(relative == 0, 0, relative * jnp.exp(log_unit))
 
 
 def spread_l1(

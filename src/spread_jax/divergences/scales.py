@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_callable
+from spread_jax._random import check_one_key
 from spread_jax.divergences.estimators import Estimate, spread_divergence
 from spread_jax.divergences.f_divergences import FDivergence, kl
 from spread_jax.noise import GaussianNoise, ScaleLaw, SpreadNoise
@@ -104,7 +105,7 @@ def spread_divergence_over_scales(
         options = {"divergence": divergence, "num_samples": num_samples, "key": key, "chunk_size": chunk_size}
         return spread_divergence(p_samples, q_samples, noise(scale), **options)
 
-    each = jax.lax.map(at, (scales, jax.random.split(key, scales.shape[0])))
+    each = jax.lax.map(at, (scales, jax.random.split(check_one_key(key), scales.shape[0])))
     error = jnp.sqrt(jnp.square(weights * each.standard_error).sum())
     return Estimate((weights * each.value).sum(), jax.lax.stop_gradient(error))
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spread_jax._checks import check_batch, check_count
-from spread_jax._random import normal
+from spread_jax._random import check_one_key, normal
 from spread_jax.noise import SpreadNoise
 
 __all__ = ["AnnealedEstimate", "HeldOutBound", "annealed_importance_sampling", "held_out_bound"]
@@ -66,7 +66,7 @@ def held_out_bound(bound: Callable[..., Any], data: np.ndarray, *, batch_size: i
       >>> held_out_bound(bound, np.ones((5, 2), np.float32), batch_size=2, key=jax.random.key(0)).per_example.shape
       (5,)
     """
-    batch_size = check_count("batch_size", batch_size)
+    batch_size, key = check_count("batch_size", batch_size), check_one_key(key)
     count = len(data)
     if count == 0:
         raise ValueError("data must hold at least one example, got none.")
@@ -157,7 +157,7 @@ def annealed_importance_sampling(
       >>> bool(jnp.abs(found.log_likelihood - exact)[0] < 5 * found.standard_error[0])
       True
     """
-    y = check_batch("y", y)
+    y, key = check_batch("y", y), check_one_key(key)
     counts = {"latent_dim": latent_dim, "num_steps": num_steps, "num_chains": num_chains}
     counts |= {"num_leapfrog_steps": num_leapfrog_steps, "num_pilot_chains": num_pilot_chains}
     for name, count in counts.items():

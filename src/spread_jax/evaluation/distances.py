@@ -16,6 +16,7 @@ import numpy as np
 
 from spread_jax._checks import check_count
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import check_one_key
 from spread_jax.divergences import Estimate
 
 __all__ = [
@@ -410,8 +411,7 @@ def _check_same_dimension(name: str, value: np.ndarray, reference: np.ndarray) -
 
 def _generator(key: jax.Array) -> np.random.Generator:
     """NumPy's generator, seeded by a JAX key: subsets are drawn on the host."""
-    data = jax.random.key_data(key) if jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key) else key
-    return np.random.default_rng(np.asarray(data).ravel())
+    return np.random.default_rng(np.asarray(jax.random.key_data(check_one_key(key))))
 
 
 def _square_root(covariance: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ import numpy as np
 from spread_jax._checks import check_count
 from spread_jax._files import replacing
 from spread_jax._network import why_unreachable
+from spread_jax._random import check_one_key
 
 __all__ = ["FeatureNetwork", "FeaturesError", "InceptionFeatures", "inception_features", "train_features"]
 
@@ -212,7 +213,7 @@ def train_features(
         raise ValueError(f"labels must be integers [{shape[0]}], got {labels.dtype} {np.shape(labels)}.")
     batch_size = min(batch_size, shape[0])
     num_labels = 0 if labels is None else int(labels.max()) + 1
-    order_key, step_key = jax.random.split(key)
+    order_key, step_key = jax.random.split(check_one_key(key))
     chance = np.random.default_rng(np.asarray(jax.random.key_data(order_key)).ravel())
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_steps, alpha=0.02))
     params = _initial_params(chance, shape[3], width, num_labels)

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 # Numbers in one chunk of data: they stay in a CPU's cache.
 CHUNK = 2**15
+
+
+def promotes_as_numpy(function):
+    """`function` with NumPy's promotion of ranks and dtypes in JAX too, whatever the caller has forbidden."""
+
+    @functools.wraps(function)
+    def public(*args, **kwargs):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return public
 
 
 def library(array):

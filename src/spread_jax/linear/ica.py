@@ -20,17 +20,24 @@ Conventions: x is [N, X], A is [X, Z], sources have unit variance, Z <= X unless
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._checks import check_batch, check_count, check_positive, check_samples, is_concrete
+from spread_jax._checks import (
+    check_batch,
+    check_count,
+    check_non_negative,
+    check_positive,
+    check_samples,
+    is_concrete,
+)
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import check_one_key
 from spread_jax.linear import _closed_form, _gibbs, _iterative
-from spread_jax.linear._host import library
+from spread_jax.linear._host import library, promotes_as_numpy
 from spread_jax.linear._order import stable_order
 from spread_jax.linear._sampling import PosteriorMoments, importance_moments, pseudo_inverse
 from spread_jax.linear._whiten import principal_axes, whiten
@@ -94,6 +101,7 @@ class IcaResult:
         return (squares @ self.leakage**2 / squares) ** 0.5
 
 
+@promotes_as_numpy
 def paper_noise_scale(mixing: jax.Array) -> jax.Array:
     """The paper's rule sigma = max(0.001, 2.5 sqrt(mean(A A^T))), the mean over all entries.
 
@@ -113,6 +121,7 @@ def paper_noise_scale(mixing: jax.Array) -> jax.Array:
     return _iterative.paper_noise_scale(check_batch("mixing", mixing))
 
 
+@promotes_as_numpy
 def posterior_moments(
     mixing: jax.Array,
     x: jax.Array,
@@ -161,6 +170,7 @@ def posterior_moments(
       True
     """
     mixing, x = _check_model(mixing, x)
+    key = check_one_key(key)
     _check_noise(noise_scale, observation_scale)
     if mixing.shape[1] > mixing.shape[0]:
         raise ValueError(
@@ -181,6 +191,7 @@ def posterior_moments(
     )
 
 
+@promotes_as_numpy
 def em_step(mixing: jax.Array, x: jax.Array, *, key: jax.Array, **e_step) -> jax.Array:
     r"""One EM step, A <- E[y z^T] E[z z^T]^-1.
 
@@ -207,6 +218,7 @@ def em_step(mixing: jax.Array, x: jax.Array, *, key: jax.Array, **e_step) -> jax
     return _iterative.em_update(posterior_moments(mixing, x, key=key, **e_step))
 
 
+@promotes_as_numpy
 def natural_gradient_step(
     mixing: jax.Array,
     x: jax.Array,
@@ -247,6 +259,7 @@ def natural_gradient_step(
     return _iterative.natural_update(jnp.asarray(mixing), moments, step_size)
 
 
+@promotes_as_numpy
 def gibbs_step(
     mixing: jax.Array,
     z: jax.Array,
@@ -288,11 +301,12 @@ def gibbs_step(
         raise ValueError(f"z must have shape {(y.shape[0], mixing.shape[1])}, one chain for each y, got {z.shape}.")
     source = _check_scale_mixture(as_source(source))
     check_positive("noise_scale", noise_scale)
-    variance = jnp.square(jnp.asarray(noise_scale, y.dtype))
+    key, variance = check_one_key(key), jnp.square(jnp.asarray(noise_scale, y.dtype))
     mixing, columns, _ = _gibbs.update(mixing, z.T, y.T, variance, source, step_size, key)
     return mixing, columns.T
 
 
+@promotes_as_numpy
 def fit(
     x: jax.Array,
     num_sources: int | None = None,
@@ -311,7 +325,9 @@ def fit(
 ) -> IcaResult:
     r"""Estimates A of x = mean + A z, z independent with unit variance, by a spread likelihood.
 
-    Pure code under jit and vmap; checks of the numbers in x happen where x is concrete.
+    Pure code under jit and vmap; checks of the numbers in x happen where x is concrete. `natural_gradient` and `gibbs`
+    take a fixed number of steps, through which `jax.grad` goes; the other methods stop where they have arrived, so that
+    only forward derivatives, `jax.jvp` and `jax.jacfwd`, go through them.
 
     Args:
       x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, in its own precision, with
@@ -360,6 +376,7 @@ def fit(
       >>> print(result.mixing.shape, bool(result.converged))
       (3, 2) True
     """
+    key = check_one_key(key)
     host = isinstance(x, np.ndarray) and x.dtype in (np.float32, np.float64)
     if not host or x.size == 0:
         x, host = check_samples("x", x), False
@@ -380,7 +397,7 @@ def fit(
     directions = min(size, x.shape[1])
     if x.shape[0] <= directions:
         raise ValueError(f"x must have more than {directions} rows to fit {size} sources, got {x.shape[0]}.")
-    if method == "em" and isinstance(observation_scale, (int, float)) and not observation_scale > 0:
+    if method == "em" and _is_zero(observation_scale):
         raise ValueError(
             f"observation_scale must be positive for method 'em', got {observation_scale}: without noise the "
             f"likelihood is zero and EM does not move; use 'spread_em' or 'closed_form'."
@@ -389,13 +406,13 @@ def fit(
         check_positive("noise_scale", noise_scale)
     elif noise_scale is not None:
         _check_noise(noise_scale, observation_scale)
-    _check_not_negative("observation_scale", observation_scale)
+    check_non_negative("observation_scale", observation_scale)
     if tolerance is not None:
         check_positive("tolerance", tolerance)
     source = source_of(source)
     known_law = source is not None
     source = source if known_law else LaplaceSource()
-    observed = not (isinstance(observation_scale, (int, float)) and observation_scale == 0)
+    observed = not _is_zero(observation_scale)
     if method == "gibbs":
         _check_scale_mixture(source)
     options = {
@@ -430,18 +447,16 @@ def source_of(source: str | Source | Callable[[jax.Array], jax.Array]) -> Source
     return None if isinstance(source, str) and source == "auto" else as_source(source)
 
 
-def _check_not_negative(name, value):
-    """Refuses a concrete number that is negative or not finite; traced numbers pass unchecked."""
-    if isinstance(value, (int, float, np.number)) and not 0 <= value < math.inf:
-        raise ValueError(f"{name} must not be negative, and finite, got {value}.")
+def _is_zero(scale):
+    """Whether this is known to be no noise: a traced number may be some."""
+    return is_concrete(scale) and not np.any(scale)
 
 
 def _check_noise(noise_scale, observation_scale):
     """Refuses a model without any noise, whose likelihood is zero."""
-    concrete = all(isinstance(value, (int, float, np.number)) for value in (noise_scale, observation_scale))
-    _check_not_negative("noise_scale", noise_scale)
-    _check_not_negative("observation_scale", observation_scale)
-    if concrete and not noise_scale > 0 and not observation_scale > 0:
+    check_non_negative("noise_scale", noise_scale)
+    check_non_negative("observation_scale", observation_scale)
+    if _is_zero(noise_scale) and _is_zero(observation_scale):
         raise ValueError(
             "noise_scale and observation_scale must not both be 0: without noise the likelihood of x = A z is zero."
         )

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spread_jax._checks import check_batch
+from spread_jax.linear._host import promotes_as_numpy
 
 __all__ = ["amari_distance", "match_columns", "mixing_error"]
 
@@ -96,6 +97,7 @@ def mixing_error(estimate: np.ndarray, truth: np.ndarray, *, kind: Kind = "raw")
     return float(np.abs(matched - truth).mean() / size)
 
 
+@promotes_as_numpy
 def amari_distance(unmixing: jax.Array, mixing: jax.Array) -> jax.Array:
     r"""How far P = |W A| is from a scaled permutation: 0 if the sources are separated, at most 1.
 

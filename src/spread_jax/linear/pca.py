@@ -27,7 +27,9 @@ import numpy as np
 
 from spread_jax._checks import check_batch, check_count, check_positive
 from spread_jax._pytree import frozen_pytree
+from spread_jax._random import check_one_key
 from spread_jax.divergences import spread_kl_gaussians
+from spread_jax.linear._host import promotes_as_numpy
 from spread_jax.linear._moments import device_moments, host_moments
 from spread_jax.noise import GaussianNoise
 
@@ -75,6 +77,7 @@ class PcaResult:
     log_likelihood: jax.Array
 
 
+@promotes_as_numpy
 def second_moments(x: jax.Array | np.ndarray, *, chunk_size: int = 8192) -> Moments:
     """Mean and covariance of a data set, in chunks: no copy of x is made.
 
@@ -107,6 +110,7 @@ def second_moments(x: jax.Array | np.ndarray, *, chunk_size: int = 8192) -> Mome
     return Moments(jnp.asarray(mean.astype(x.dtype)), jnp.asarray(covariance.astype(x.dtype)))
 
 
+@promotes_as_numpy
 def closed_form(
     covariance: jax.Array, num_components: int, noise_scale: float | jax.Array, *, spread: bool = True
 ) -> tuple[jax.Array, jax.Array]:
@@ -148,6 +152,7 @@ def closed_form(
     return _fix_signs(vectors) * _safe_sqrt(values), values
 
 
+@promotes_as_numpy
 def em_step(
     loadings: jax.Array, covariance: jax.Array, noise_scale: float | jax.Array, *, spread: bool = True
 ) -> jax.Array:
@@ -185,6 +190,7 @@ def em_step(
     return _em_step(loadings, covariance, _square_like(noise_scale, loadings), spread)[0]
 
 
+@promotes_as_numpy
 def spread_log_likelihood(
     loadings: jax.Array, covariance: jax.Array, noise_scale: float | jax.Array, *, spread: bool = True
 ) -> jax.Array:
@@ -215,6 +221,7 @@ def spread_log_likelihood(
     return _log_likelihood(loadings, covariance, _square_like(noise_scale, loadings), spread)
 
 
+@promotes_as_numpy
 def spread_kl(loadings: jax.Array, covariance: jax.Array, noise_scale: float | jax.Array) -> jax.Array:
     """KL(N(m, S + sigma^2 I) || N(m, F F^T + sigma^2 I)) in nats: from data of these moments to the model.
 
@@ -242,6 +249,7 @@ def spread_kl(loadings: jax.Array, covariance: jax.Array, noise_scale: float | j
     return spread_kl_gaussians(mean, covariance, mean, _product(loadings, loadings.T), GaussianNoise(noise_scale))
 
 
+@promotes_as_numpy
 def latents(y: jax.Array, result: PcaResult, *, noise_scale: float | jax.Array | None = None) -> jax.Array:
     r"""The posterior mean of z, (F^T F + sigma^2 I)^-1 F^T (y - m).
 
@@ -274,6 +282,7 @@ def latents(y: jax.Array, result: PcaResult, *, noise_scale: float | jax.Array |
     return (y - result.mean.astype(y.dtype)) @ weights.T.astype(y.dtype)
 
 
+@promotes_as_numpy
 def fit(
     x: jax.Array | np.ndarray,
     num_components: int,
@@ -332,6 +341,7 @@ def fit(
     max_iterations = check_count("max_iterations", max_iterations)
     if method == "em" and key is None:
         raise TypeError("key must be a JAX random key for method='em', got None.")
+    key = None if key is None else check_one_key(key)
     if x.shape[0] < x.shape[1]:
         mean, basis, covariance = _small_moments(jnp.asarray(x))
         if isinstance(x, np.ndarray) and not np.isfinite(covariance).all():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr, logsumexp
 
-from spread_jax._checks import check_positive
+from spread_jax._checks import check_positive, is_concrete
 from spread_jax._pytree import frozen_pytree
 from spread_jax._random import normal, uniform
 
@@ -69,7 +69,9 @@ class _Source:
     def _joint(self, y, scale):
         y = jnp.asarray(y)
         nodes = jnp.asarray(self._nodes, y.dtype)
-        z = y[..., None] - jnp.asarray(scale, y.dtype)[..., None] * nodes
+        scale = jnp.asarray(scale, y.dtype)
+        nodes = nodes.reshape((1,) * max(y.ndim, scale.ndim) + (-1,))  # no rank is promoted
+        z = y[..., None] - (scale[..., None] if scale.ndim else scale) * nodes
         return self.log_prob(z) - 0.5 * jnp.square(nodes) - 0.5 * math.log(2 * math.pi), nodes
 
 
@@ -172,7 +174,7 @@ class StudentTSource(_Source):
     df: float | jax.Array = 5.0
 
     def __post_init__(self):
-        if isinstance(self.df, (int, float, np.number)) and not 2 < self.df < math.inf:
+        if is_concrete(self.df) and not 2 < self.df < math.inf:
             raise ValueError(f"df must be finite and above 2, so that the variance exists, got {self.df}.")
 
     def log_prob(self, z: jax.Array) -> jax.Array:
@@ -220,10 +222,10 @@ class BernoulliGaussSource(_Source):
     spike_scale: float | jax.Array = 0.05
 
     def __post_init__(self):
-        if isinstance(self.probability, (int, float, np.number)) and not 0 < self.probability < 1:
+        if is_concrete(self.probability) and not 0 < self.probability < 1:
             raise ValueError(f"probability must lie between 0 and 1, got {self.probability}.")
         check_positive("spike_scale", self.spike_scale)
-        if isinstance(self.spike_scale, (int, float, np.number)) and self.spike_scale >= 1:
+        if is_concrete(self.spike_scale) and self.spike_scale >= 1:
             raise ValueError(f"spike_scale must be below 1, the scale of the source, got {self.spike_scale}.")
 
     def _parts(self, z, scale):

@@ -97,7 +97,7 @@ class SpectralConv(nn.Module):
             u = _power_iteration(jax.lax.stop_gradient(kernel), u, steps)
             stored.value = u.astype(stored.value.dtype)
         kernel = kernel * _shrinkage(kernel, u, self.coefficient)
-        return conv(x, kernel, native=self.native_gradients) + bias
+        return conv(x, kernel, native=self.native_gradients) + bias[None, None, None]
 
 
 class _Residual(nn.Module):

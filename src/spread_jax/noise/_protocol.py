@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_batch, check_count, check_same_event, check_same_shape
-from spread_jax._random import check_key, is_for_examples
+from spread_jax._random import check_key, check_one_key, is_for_examples
 
 __all__ = ["SpreadNoise", "all_pairs", "check_noise", "example_axes", "per_example", "repeat_noise", "spread"]
 
@@ -79,6 +79,8 @@ def _checked(method, check_together):
             arguments[name] = self._array(name, arguments[name])
         if len(names) == 2:
             check_together(names[0], arguments[names[0]], names[1], arguments[names[1]])
+        if "key" in arguments:
+            arguments["key"] = check_one_key(arguments["key"])
         return method(**arguments)
 
     return public

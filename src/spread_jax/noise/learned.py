@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_count, check_positive
+from spread_jax._random import check_one_key
 from spread_jax.noise._protocol import SpreadNoise
 from spread_jax.noise.gaussian import GaussianNoise
 from spread_jax.noise.laplace import LaplaceNoise
@@ -198,7 +199,7 @@ class LearnedCovariance(LearnedNoise):
     def init(self, event_shape: tuple[int, ...], *, key: jax.Array) -> tuple[PyTree, PyTree]:
         # Columns of about unit length: what is trained has the scale of what is used.
         shape = (*event_shape, self.rank)
-        return {"factor": jax.random.normal(key, shape) / math.sqrt(math.prod(event_shape))}, None
+        return {"factor": jax.random.normal(check_one_key(key), shape) / math.sqrt(math.prod(event_shape))}, None
 
     def noise(self, params: PyTree, state: PyTree, scale: float | jax.Array) -> LowRankGaussianNoise:
         # volume^(1/R) is the geometric mean of the singular values; the volume itself might overflow.
@@ -243,7 +244,7 @@ class LearnedLocation(LearnedNoise):
         return jnp.zeros_like(jax.tree_util.tree_leaves(state)[0])
 
     def init(self, event_shape: tuple[int, ...], *, key: jax.Array) -> tuple[PyTree, PyTree]:
-        variables = self.transform().init(key, jnp.zeros((1, *event_shape)))
+        variables = self.transform().init(check_one_key(key), jnp.zeros((1, *event_shape)))
         return variables["params"], variables[self.collection]
 
     def noise(self, params: PyTree, state: PyTree, scale: float | jax.Array) -> TransformedNoise:

@@ -279,7 +279,7 @@ class LowRankGaussianNoise(GaussianShifts, CheckedNoise):
         cholesky = jnp.linalg.cholesky(jnp.eye(w.shape[1], dtype=w.dtype) + w.T @ w)
 
         def whiten(difference):
-            u = flatten_events(difference) / scale[None]
+            u = flatten_events(at_least_float32(difference)) / scale[None]
             a = jax.scipy.linalg.cho_solve((cholesky, True), (u @ w).T).T
             return jnp.concatenate([u - a @ w.T, a], axis=1)
 
@@ -296,7 +296,7 @@ def _whitening_of_examples(scale, factor):
     cholesky = jnp.linalg.cholesky(jnp.eye(rank, dtype=gram.dtype)[None] + gram)
 
     def whiten(difference):
-        u = flatten_events(difference) / scale
+        u = flatten_events(at_least_float32(difference)) / scale
         solve = jax.vmap(lambda c, b: jax.scipy.linalg.cho_solve((c, True), b))
         a = solve(cholesky, (u @ factor) / scale)
         return jnp.concatenate([u - (a @ factor.T) / scale, a], axis=1)

@@ -58,20 +58,24 @@ class UniformNoise(ProductNoise):
         )
 
     @all_pairs
+    def log_mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
+        """The logarithm of `mmd_kernel`, [n, m], which can be held in any number of dimensions."""
+        width = 2 * in_batch(fit_event("scale", self.scale, x), x)
+
+        def one_row(row):
+            overlap = 1 - jnp.abs(row[None] - x2) / width
+            apart = overlap <= 0
+            logs = jnp.where(apart, -jnp.inf, jnp.log(jnp.where(apart, 1, overlap)))
+            return sum_event(logs - positive_log(width))
+
+        return jax.vmap(one_row)(x)
+
     def mmd_kernel(self, x: jax.Array, x2: jax.Array) -> jax.Array:
         """The integral of p(y|x) p(y|x2) over y: a triangle of width 4 h in each dimension, [n, m].
 
-        In many dimensions it is too large or too small a number to be held.
+        In many dimensions it is too large or too small a number to be held: see `log_mmd_kernel`.
         """
-        width = 2 * fit_event("scale", self.scale, x)
-        width = in_batch(jnp.where(width > 0, width, jnp.nan), x)
-
-        def one_row(row):
-            overlap = jnp.maximum(1 - jnp.abs(row[None] - x2) / width, 0)
-            # One factor for each dimension, as neither product may fit where both together do.
-            return (overlap / width).reshape(x2.shape[0], -1).prod(axis=1)
-
-        return jax.vmap(one_row)(x)
+        return jnp.exp(self.log_mmd_kernel(x, x2))
 
     @per_example
     def entropy(self, x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from spread_jax._checks import check_batch, check_callable, check_count, check_positive, check_samples
+from spread_jax._random import check_one_key
 from spread_jax.divergences.closed_form import gaussian_noise_covariance
 from spread_jax.divergences.estimators import Estimate
 from spread_jax.divergences.mixtures import log_spread_density
@@ -131,7 +132,7 @@ def spread_fisher_information(
     check_noise("noise", noise)
     num_samples = check_count("num_samples", num_samples)
     num_model_samples = check_count("num_model_samples", num_model_samples)
-    x_key, y_key, model_key = jax.random.split(key, 3)
+    x_key, y_key, model_key = jax.random.split(check_one_key(key), 3)
 
     def draw(params, num, key):
         x = check_samples("sampler(params, num, key=key)", sampler(params, num, key=key))

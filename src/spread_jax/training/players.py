@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from spread_jax._checks import check_count
+from spread_jax._checks import at_least_float32, check_count
 from spread_jax._pytree import frozen_pytree
-from spread_jax._random import example_keys
+from spread_jax._random import check_one_key, example_keys
 from spread_jax.training.parallel import kept_in_place
 
 __all__ = ["LossOutput", "Player", "Round", "TrainState", "create_train_state", "make_train_step"]
@@ -105,7 +105,7 @@ class Round:
     def player(self, step: jax.Array | int) -> jax.Array | int:
         """The index of the player who takes the step after `step` steps."""
         place, ends = step % self.length, self._ends()
-        return sum((place >= end) * 1 for end in ends[:-1])
+        return sum(_number(place >= end) for end in ends[:-1])
 
     def begins_turn(self, player: int, step: jax.Array | int) -> jax.Array | bool:
         """Whether that step is the first of a turn of this player's."""
@@ -114,7 +114,7 @@ class Round:
     def own_steps(self, player: int, step: jax.Array | int) -> jax.Array | int:
         """How many of the first `step` steps are this player's."""
         own, past = self.steps[player], step % self.length - (self._ends()[player] - self.steps[player])
-        within = past * (past > 0) - (past - own) * (past > own)
+        within = past * _number(past > 0) - (past - own) * _number(past > own)
         return step // self.length * own + within
 
     def total_steps(self, own: int) -> int:
@@ -198,7 +198,7 @@ def create_train_state(
         gain={p.name: jnp.zeros((), jnp.float32) for p in players if p.look_again},
         # A copy: the state is donated to the step, and one buffer cannot be donated twice.
         ema=jax.tree.map(jnp.copy, averaged(params, variables)),
-        key=key,
+        key=check_one_key(key),
     )
 
 
@@ -367,10 +367,22 @@ def _check_parts(player: Player, params: Mapping[str, PyTree]) -> None:
             )
 
 
+def _number(condition):
+    """1 or 0, of a Python or NumPy or JAX boolean: also where JAX is told to promote no dtypes."""
+    return condition.astype(int) if hasattr(condition, "astype") else int(condition)
+
+
 def moving_average(average: PyTree, new: PyTree, decay: float, step: jax.Array) -> PyTree:
     """The average moved towards `new`, with the decay min(decay, (1 + step) / (10 + step))."""
+    step = jnp.asarray(step, jnp.float32)
     decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), average, new)
+
+    def moved(old, new):
+        wide, wide_new = at_least_float32(old), at_least_float32(new)
+        share = decay.astype(wide.dtype)
+        return (share * wide + (1 - share) * wide_new).astype(old.dtype)
+
+    return jax.tree.map(moved, average, new)
 
 
 def in_micro_batches(
