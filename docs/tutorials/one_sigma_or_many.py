@@ -113,7 +113,7 @@ assert steps["log-uniform on [0.05, 2]"] < 1.2 * min(steps["sigma = 0.5"], steps
 points = lambda *x: jnp.asarray(x, jnp.float32)[:, None]
 data = points(-2.15, -1.85, 1.85, 2.15)
 models = {"misses a cluster": points(-2.15, -1.85), "blurs the clusters": points(-2.0, 2.0)}
-scales = np.geomspace(0.05, 4.0, 12)
+scales = np.geomspace(0.03, 4.0, 13)
 
 
 def jensen_shannon(model, sigma):
@@ -135,7 +135,7 @@ plt.show()
 
 # %% [markdown]
 # At $\sigma = 1$ the missing cluster is plain to see and the blur has vanished in the noise: a model trained at that
-# scale has no reason to be sharp. At $\sigma = 0.05$ both are near their largest value, $\log 2$ for the blur: data and
+# scale has no reason to be sharp. At $\sigma = 0.03$ both are near their largest value, $\log 2$ for the blur: data and
 # model hardly overlap there, and by section 1 there is no slope to follow. This is why one scale gives blurred
 # pictures, or a game that does not train, and why annealing from large to small helps, but forgets the mass in the end.
 
