@@ -1,4 +1,4 @@
-"""Deterministic ICA: why EM freezes, what spreading the data buys, and what beats both.
+"""Deterministic ICA: why EM stalls, what spreading the data buys, and what beats both.
 
 Data x = A z + gamma epsilon with independent Laplace sources z of unit variance, entries of A +-1, and observation
 noise gamma -> 0, where the likelihood of the model x = A z is zero. Compared, by the mean of |A_est - A| / |A| after
@@ -11,8 +11,8 @@ matching signs and order ("raw"), and after giving columns the right lengths ("d
   FastICA, Picard    the usual tools, where they are installed
 
 To first order both EMs make the same step, A s^2 (A^T A)^-1 (E[psi(u) u^T] - I) C^-1, with s their noise. So standard
-EM freezes as gamma -> 0, and spread EM with an equally small sigma would too: what spreading the data buys is a sigma
-that is large without biasing the scale of A. The other two methods freeze at no sigma. FastICA works on non-square A
+EM stalls as gamma -> 0, and spread EM with an equally small sigma would too: what spreading the data buys is a sigma
+that is large without biasing the scale of A. The other two methods stall at no sigma. FastICA works on non-square A
 once the data are whitened, which the paper's remark on it leaves out; it is near the best here, and the closed form is
 nearer: the gap to the Cramer-Rao line is what knowing the law of the sources is worth.
 

@@ -64,7 +64,7 @@ start = (directions[:, :2] * scales[:2] ** 0.5) @ turn(1.2)
 print(f"error of a random rotation within the plane: {error(start):.3f}")
 
 # %% [markdown]
-# ## 2. EM freezes
+# ## 2. EM stalls
 #
 # The usual remedy is to say that there is a little noise, $x = Az + \gamma\epsilon$, and to use EM. Here is data that
 # really has such noise, and EM that is told the true $\gamma$. Its E-step draws $z$ from a Gaussian around the
@@ -138,13 +138,13 @@ for name, result in results.items():
     print(f"{name}: error {found:.4f} after {int(result.num_iterations)} steps, converged: {bool(result.converged)}")
 
 # %% [markdown]
-# `converged` looks at the gradient of the likelihood and not at how little a step moved: a frozen EM does not move
-# either. It also asks whether turning two columns would be likelier, as it is where EM rests on a plateau with both
-# still mixed.
+# `converged` looks at the gradient of the likelihood and not at how little a step moved, because EM that has stalled
+# does not move either. It also checks whether rotating two columns would increase the likelihood, as it does where EM
+# rests on a plateau with the two still mixed.
 
 # %%
-frozen = ica.fit(x, 2, method="spread_em", noise_scale=0.01, num_samples=64, max_iterations=60, key=key)
-print(f"frozen: error {error(np.asarray(frozen.mixing)):.3f}, converged: {bool(frozen.converged)}")
+stalled = ica.fit(x, 2, method="spread_em", noise_scale=0.01, num_samples=64, max_iterations=60, key=key)
+print(f"stalled: error {error(np.asarray(stalled.mixing)):.3f}, converged: {bool(stalled.converged)}")
 
 # %% [markdown]
 # ## 4. What if the sources are not Laplace?
@@ -189,7 +189,7 @@ _ = axes.legend(frameon=False)
 # ## Where to go from here
 #
 # - [ICA for scikit-learn users](../guides/ica_for_scikit_learn.md): the same as an estimator, beside FastICA.
-# - [The mathematics](../mathematics.md#why-em-freezes) of the freeze, and [results](../results/ica.md) with ten sources
+# - [The mathematics](../mathematics.md#why-em-stalls) of the stall, and [results](../results/ica.md) with ten sources
 #   in twenty dimensions, against the noise and against the number of examples.
 # - `make ica PRESET=audio` unmixes sounds and writes them to listen to; `make ica PRESET=images` finds the features of
 #   photographs.
