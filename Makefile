@@ -85,7 +85,7 @@ lint: $(VENV)/.dev ## Check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-format: $(VENV)/.dev ## Mend style and formatting
+format: $(VENV)/.dev ## Fix style and formatting
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 

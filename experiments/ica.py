@@ -54,7 +54,7 @@ class Config:
     """Settings of a run."""
 
     preset: Literal["small", "published", "overcomplete", "images", "audio"] = "small"
-    """Whose values the other flags start from."""
+    """The settings that the other flags start from."""
     workdir: str | None = None
     """The run's folder; runs/ica/<preset>-<seed> if not given."""
     seed: int = 0
@@ -426,6 +426,11 @@ def draw_errors(config: Config, table: list[dict], path: Path) -> None:
             fontsize=10,
         )
     first.legend(frameon=False, fontsize=8)
+    figure.supxlabel(
+        "Means over the data sets named above each panel; bars are two standard errors. The bound limits the mean over "
+        "all data sets, so a mean over a few may lie below it.",
+        fontsize=8,
+    )
     save_figure(figure, path)
 
 

@@ -48,7 +48,7 @@ class Config:
     """Settings of a run. Scales are in units of x; variances along the subspace go from 1 to --smallest-variance."""
 
     preset: Literal["small", "paper"] = "small"
-    """Whose values the other flags start from."""
+    """The settings that the other flags start from."""
     workdir: str | None = None
     """The run's folder; runs/pca/<preset>-<seed> if not given."""
     seed: int = 0

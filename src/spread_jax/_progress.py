@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def tell(sentence: str) -> None:
-    """Prints on stderr; that it is closed, or its disk full, ends nothing.
+    """Prints on stderr; a closed stderr or a full disk is not an error.
 
     Example:
       >>> tell("The state is saved.")

@@ -247,7 +247,7 @@ class _Entry:
                 if block.images.shape != (stop - start, *self._shape[1:]):
                     raise DatasetError(
                         f"{self._source.description} gave images of shape {block.images.shape} "
-                        f"where {(stop - start, *self._shape[1:])} was announced."
+                        f"where {(stop - start, *self._shape[1:])} was expected."
                     )
                 images = np.ascontiguousarray(block.images, np.uint8)
                 file.write(images.data)

@@ -299,7 +299,7 @@ class RunDirectory:
         except Exception as error:  # whatever a tracking server that is down makes of it
             self._on_log = None  # each further call may wait for a timeout
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            self._log(f"on_log failed at step {step} and is not called again, metrics.jsonl goes on: {said[:300]}")
+            self._log(f"on_log failed at step {step} and is not called again, metrics.jsonl continues: {said[:300]}")
 
     # --- results and figures
 
