@@ -209,6 +209,8 @@ def test_the_site_builds_without_a_warning_and_holds_every_public_name(tmp_path,
         assert not re.search(r"\$[^$<>]*\\\w+[^$<>]*\$", text), path
     assert "<math" in (tmp_path / "site" / "mathematics.html").read_text(encoding="utf-8")
     assert (tmp_path / "site" / "assets" / "math.ttf").stat().st_size > 100_000
+    objectives = (tmp_path / "site" / "api" / "spread_jax.objectives.html").read_text(encoding="utf-8")
+    assert 'href="../mathematics.html#spread-kl-and-the-evidence-lower-bound"' in objectives
     assert (tmp_path / "site" / "search" / "search_index.js").is_file()  # the search of pages opened from the disk
     spaces = dict(reference.namespaces())
     for space, names in spaces.items():
