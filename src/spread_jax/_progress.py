@@ -24,7 +24,7 @@ def tell(sentence: str) -> None:
 
 
 def _harmless(text: str) -> str:
-    """Names in it may be a stranger's: no sequence of theirs moves the cursor or changes the terminal."""
+    """Names in it may be untrusted: no sequence in them moves the cursor or changes the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 

@@ -74,7 +74,7 @@ def cached_arrays(
         source: what to decode.
         split: the split's name, part of the key.
         cache_dir: folder of the cache; None for `default_cache_dir()`.
-        max_examples: only the first so many.
+        max_examples: only this many, the first ones.
         progress: told how far a build is.
 
     Returns:

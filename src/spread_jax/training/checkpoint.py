@@ -1,4 +1,4 @@
-"""Checkpoints that are either bit-exact or refused.
+"""Checkpoints that are either bit-exact or rejected.
 
 Orbax writes and reads the arrays. This module adds the seal: once a step is on the disk, every one
 of its files is hashed into a manifest, and a step is restored only while all of them still match.
