@@ -53,10 +53,10 @@ bias: $(VENV)/.train ## Noise on one side biases an estimate, noise on both does
 manifold: $(VENV)/.train ## A generator of two latents recovers a curved sheet in space; a figure in half a minute
 	$(RUN) -m experiments.manifold $(ARGS)
 
-pca: $(VENV)/.train ## EM freezes at small noise, spreading lets it be large without bias: exact rates; a figure in half a minute
+pca: $(VENV)/.train ## EM stalls at small noise; spreading allows a large one without bias: exact rates, a figure in half a minute
 	$(RUN) -m experiments.pca $(ARGS)
 
-ica: $(VENV)/.data ## ICA without noise: EM freezes, three methods do not: PRESET=small|overcomplete|images|audio|published
+ica: $(VENV)/.data ## ICA without noise: EM stalls, three methods do not: PRESET=small|overcomplete|images|audio|published
 	$(RUN) -m experiments.ica --preset $(PRESET) $(ARGS)
 
 bench: $(VENV)/.dev ## Speed and memory against peers: PART=all|step|density|mmd|elbo|loader|devices|start
@@ -85,7 +85,7 @@ lint: $(VENV)/.dev ## Check style and formatting
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-format: $(VENV)/.dev ## Mend style and formatting
+format: $(VENV)/.dev ## Fix style and formatting
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 

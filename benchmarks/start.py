@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks import _measure
 from benchmarks._report import Table
 
-TITLE = "Start"
+TITLE = "Start-up time"
 NOTES = """\
 Import: whole processes in turn, `import jax, jax.numpy` with and without `spread_jax`. Demo: from the command to the
 line of its first step, with a new cache of images and compiled programs and with the one that this left."""

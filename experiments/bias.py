@@ -46,7 +46,7 @@ class Config:
     """Settings of a run. Noise scales are in units of x, whose standard deviation along the line is 1."""
 
     preset: Literal["small", "paper"] = "small"
-    """Whose values the other flags start from."""
+    """The settings that the other flags start from."""
     workdir: str | None = None
     """The run's folder; runs/bias/<preset>-<seed> if not given."""
     seed: int = 0

@@ -49,7 +49,7 @@ class Config:
     """Settings of a run. Distances and noise scales are in the units of x."""
 
     preset: Literal["small", "paper"] = "small"
-    """Whose values the other flags start from."""
+    """The settings that the other flags start from."""
     workdir: str | None = None
     """The run's folder; runs/deltas/<preset>-<seed> if not given."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Deterministic ICA: why EM freezes, what spreading the data buys, and what beats both.
+"""Deterministic ICA: why EM stalls, what spreading the data buys, and what beats both.
 
 Data x = A z + gamma epsilon with independent Laplace sources z of unit variance, entries of A +-1, and observation
 noise gamma -> 0, where the likelihood of the model x = A z is zero. Compared, by the mean of |A_est - A| / |A| after
@@ -11,8 +11,8 @@ matching signs and order ("raw"), and after giving columns the right lengths ("d
   FastICA, Picard    the usual tools, where they are installed
 
 To first order both EMs make the same step, A s^2 (A^T A)^-1 (E[psi(u) u^T] - I) C^-1, with s their noise. So standard
-EM freezes as gamma -> 0, and spread EM with an equally small sigma would too: what spreading the data buys is a sigma
-that is large without biasing the scale of A. The other two methods freeze at no sigma. FastICA works on non-square A
+EM stalls as gamma -> 0, and spread EM with an equally small sigma would too: what spreading the data buys is a sigma
+that is large without biasing the scale of A. The other two methods stall at no sigma. FastICA works on non-square A
 once the data are whitened, which the paper's remark on it leaves out; it is near the best here, and the closed form is
 nearer: the gap to the Cramer-Rao line is what knowing the law of the sources is worth.
 
@@ -54,7 +54,7 @@ class Config:
     """Settings of a run."""
 
     preset: Literal["small", "published", "overcomplete", "images", "audio"] = "small"
-    """Whose values the other flags start from."""
+    """The settings that the other flags start from."""
     workdir: str | None = None
     """The run's folder; runs/ica/<preset>-<seed> if not given."""
     seed: int = 0
@@ -426,6 +426,11 @@ def draw_errors(config: Config, table: list[dict], path: Path) -> None:
             fontsize=10,
         )
     first.legend(frameon=False, fontsize=8)
+    figure.supxlabel(
+        "Means over the data sets named above each panel; bars are two standard errors. The bound limits the mean over "
+        "all data sets, so a mean over a few may lie below it.",
+        fontsize=8,
+    )
     save_figure(figure, path)
 
 

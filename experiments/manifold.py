@@ -51,7 +51,7 @@ class Config:
     """Settings of a run. The sheet is 2 wide and deep and 4 high; noise scales and distances are in those units."""
 
     preset: Literal["small", "paper"] = "small"
-    """Whose values the other flags start from."""
+    """The settings that the other flags start from."""
     workdir: str | None = None
     """The run's folder; runs/manifold/<preset>-<seed> if not given."""
     seed: int = 0

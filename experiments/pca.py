@@ -3,7 +3,7 @@
 Data x = F z + gamma epsilon lie close to a subspace, z ~ N(0, I), and the noise gamma is known. Four ways to F:
 
   closed form   the maximum of the spread likelihood, by an eigendecomposition
-  ordinary EM   the model has the noise of the data, gamma: unbiased, but it freezes as gamma -> 0
+  ordinary EM   the model has the noise of the data, gamma: unbiased, but it stalls as gamma -> 0
   spread EM     noise sigma is added to data and model: unbiased for any sigma, so sigma may be large
   one-sided EM  noise sigma is added to the model only: the variances it finds are too small by sigma^2
 
@@ -13,7 +13,7 @@ the eigenvalues of the data's second moment, s the model's noise and l = t - s^2
   t_j / t_i                            out of the subspace (i in it, j not)
   1 - s^2 (l_i + l_k) / (t_i t_k)      within it
 
-So for small s the subspace is found in a step or two; what freezes is the size and shape of F F^T within it, whose
+So for small s the subspace is found in a step or two; what stalls is the size and shape of F F^T within it, whose
 error falls by 2 s^2 / l in a step. For large s both are slow. Between, where s^2 is about the variance l, EM takes tens
 of steps. Spreading data and model lets s be chosen there without changing the optimum; it is no faster than noise of
 that size on the model alone, which is biased, and no sigma suits variances that differ by orders of magnitude. (That
@@ -48,7 +48,7 @@ class Config:
     """Settings of a run. Scales are in units of x; variances along the subspace go from 1 to --smallest-variance."""
 
     preset: Literal["small", "paper"] = "small"
-    """Whose values the other flags start from."""
+    """The settings that the other flags start from."""
     workdir: str | None = None
     """The run's folder; runs/pca/<preset>-<seed> if not given."""
     seed: int = 0

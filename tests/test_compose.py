@@ -1,6 +1,7 @@
-"""The examples in docs/examples: every library gives the loss and the gradient of plain jax, and trains."""
+"""The programs of the guide: every library gives the loss and the gradient of plain jax, and trains."""
 
-import importlib.util
+import re
+import types
 from pathlib import Path
 
 import jax
@@ -10,13 +11,17 @@ import pytest
 
 from spread_jax import GaussianNoise, spread_elbo
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "docs" / "examples").glob("compose_*.py"))
+GUIDE = (Path(__file__).parents[1] / "docs" / "guides" / "compose.md").read_text(encoding="utf-8")
+EXAMPLES = {
+    library: program
+    for library, program in re.findall(r"^## ([^\n]+)\n\n```python\n(.*?)^```$", GUIDE, flags=re.M | re.S)
+    if "__main__" in program
+}
 
 
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def load(library):
+    module = types.ModuleType(library)
+    exec(compile(EXAMPLES[library], library, "exec"), module.__dict__)
     return module
 
 
@@ -45,15 +50,14 @@ def problem():
 
 
 def test_there_is_one_for_each_library():
-    libraries = {path.stem.removeprefix("compose_") for path in EXAMPLES}
-    assert libraries == {"jax", "linen", "nnx", "equinox", "haiku", "numpyro"}
+    assert set(EXAMPLES) == {"JAX", "Flax Linen", "Flax NNX", "Equinox", "Haiku", "NumPyro"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_loss_and_gradient_are_those_of_plain_jax_and_it_trains(path, problem, capsys):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 70
+@pytest.mark.parametrize("library", EXAMPLES)
+def test_loss_and_gradient_are_those_of_plain_jax_and_it_trains(library, problem, capsys):
+    assert len(EXAMPLES[library].splitlines()) <= 70
     weights, x, key, (want, want_gradient) = problem
-    example = load(path)
+    example = load(library)
     value, gradient = example.loss_and_gradient(weights, x, key)
     np.testing.assert_allclose(value, want, rtol=1e-5)
     want_leaves, structure = jax.tree.flatten(want_gradient)
@@ -64,3 +68,9 @@ def test_loss_and_gradient_are_those_of_plain_jax_and_it_trains(path, problem, c
 
     example.main(steps=60)
     assert float(capsys.readouterr().out.split()[1]) > -7  # untrained networks are below -10, trained ones near -3.6
+
+
+def test_the_first_hour_has_the_program_of_plain_jax():
+    first_hour = (Path(__file__).parents[1] / "docs" / "guides" / "first_hour.md").read_text(encoding="utf-8")
+    program = re.sub(r"def loss_and_gradient.*?\n\n\n", "", EXAMPLES["JAX"], flags=re.S)
+    assert f"```python\n{program}```" in first_hour

@@ -1,10 +1,18 @@
-"""The README does what it says: its targets and pictures exist; `test_docs.py` runs its code."""
+"""The README is short and does what it says: its targets and pictures exist; `test_docs.py` runs its code."""
 
 import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_it_is_short_and_begins_with_what_a_newcomer_looks_for():
+    assert len(README.split()) <= 700
+    headings = re.findall(r"^## (.+)$", README, flags=re.M)
+    assert headings[0] == "Install"
+    assert README.index("pip install") < README.index("make demo     #") < README.index("import jax\n")
+    assert "Citing" in headings
 
 
 def test_make_targets_exist_and_are_explained():

@@ -7,10 +7,13 @@ star, the Example becomes a code block, and a frozen pytree gets the constructor
 from __future__ import annotations
 
 import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import griffe
 
+MATHEMATICS = Path(__file__).parents[1] / "mathematics.md"
 SECTIONS = ("Args:", "Returns:", "Raises:", "Attributes:", "Yields:")
 
 
@@ -18,9 +21,15 @@ class ProjectDocstrings(griffe.Extension):
     """A Griffe extension, named in mkdocs.yml."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Rewrites the docstring of anything that has one."""
-        if obj.docstring is not None:
-            obj.docstring.value = to_markdown(obj.docstring.value)
+        """Rewrites the docstring of anything that has one, and says where its mathematics are."""
+        if obj.docstring is None:
+            return
+        obj.docstring.value = to_markdown(obj.docstring.value)
+        public = not obj.is_module and obj.parent is not None and obj.parent.is_module
+        headings = mathematics().get(obj.name, []) if public else []
+        if headings:
+            links = ", ".join(f"[{heading}][{anchor(heading)}]" for heading in headings)
+            obj.docstring.value += f"\n\n**Mathematics:** {links}"
 
     def on_class(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         """Gives a frozen pytree its constructor."""
@@ -39,6 +48,23 @@ class ProjectDocstrings(griffe.Extension):
         ]
         itself = griffe.Parameter("self", kind=griffe.ParameterKind.positional_or_keyword)
         cls.set_member("__init__", griffe.Function("__init__", parameters=griffe.Parameters(itself, *fields)))
+
+
+@cache
+def mathematics() -> dict[str, list[str]]:
+    """The headings of the mathematics page under which each name stands in `code`."""
+    found: dict[str, list[str]] = {}
+    sections = re.split(r"^##+ ", MATHEMATICS.read_text(encoding="utf-8"), flags=re.M)
+    for section in sections[2:]:  # after the title and the symbols
+        heading = section.partition("\n")[0]
+        for name in dict.fromkeys(re.findall(r"`(?:\w+\.)*(\w+)(?:\([^`]*\))?`", section)):
+            found.setdefault(name, []).append(heading)
+    return found
+
+
+def anchor(heading: str) -> str:
+    """The anchor that MkDocs gives a heading."""
+    return re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
 def to_markdown(text: str) -> str:

@@ -1,12 +1,20 @@
-"""Pages that write themselves: one API page for each namespace from its __all__, and every page of results."""
+"""Pages that write themselves (the API reference, results, the gallery), links between pages and API, and formulas.
+
+Formulas become MathML when the site is built, so that a page needs neither the network nor JavaScript to show them.
+"""
 
 from __future__ import annotations
 
 import ast
+import html
+import importlib.util
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from math_core import LatexToMathML
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[2]
@@ -67,23 +75,82 @@ def page(space: str, name: str) -> str:
     return f"{space}.{name}.md"
 
 
-def on_config(config):
+def figures() -> list[dict[str, str]]:
+    """File, caption, command and page of every picture."""
+    return tomllib.loads((ROOT / "docs" / "images" / "captions.toml").read_text(encoding="utf-8"))["figure"]
+
+
+def gallery() -> str:
+    """The gallery as Markdown."""
+    cards = (
+        f"[![{figure['caption']}](images/{figure['file']})](images/{figure['file']})\n\n{figure['caption']}\n\n"
+        f"`{figure['command']}` · [more]({figure['page']})"
+        for figure in figures()
+    )
+    card = '<div class="card" markdown>\n\n{}\n\n</div>\n'
+    intro = "# Gallery\n\nEvery figure of this site, with the command that makes it. A click shows it in full size.\n"
+    return "\n".join([intro, '<div class="gallery" markdown>\n', *map(card.format, cards), "</div>\n"])
+
+
+def on_config(config: Any) -> Any:
     """Adds to the navigation what is found: the API reference, results, benchmarks."""
     found = lambda folder: [f"{folder}/{path.name}" for path in sorted((ROOT / "docs" / folder).glob("*.md"))]
-    for title, pages in (("Results", found("results")), ("Benchmarks", found("benchmarks"))):
-        if pages:
-            config.nav.append({title: pages})
+    config.nav.append({"Results": sorted(found("results"), key=lambda path: not path.endswith("/index.md"))})
+    config.nav.append({"Gallery": "gallery.md"})
+    config.nav.append({"Benchmarks": found("benchmarks")})
     config.nav.append({"API reference": [{Path(path).stem: path} for path, _ in api_pages()]})
     return config
 
 
-def on_files(files, config):
-    """Adds the pages of the API reference."""
-    for path, text in api_pages():
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the API reference, the gallery and the font of the formulas."""
+    for path, text in (*api_pages(), ("gallery.md", gallery())):
         files.append(File.generated(config, path, content=text))
+    fonts = Path(importlib.util.find_spec("ziamath").origin).parent / "fonts"
+    font = next(fonts.glob("STIXTwoMath*.ttf"))
+    files.append(File.generated(config, "assets/math.ttf", content=font.read_bytes()))
     return files
 
 
-def on_post_page(output, page, config):
-    """Takes out mkdocs-jupyter's loader of MathJax: KaTeX typesets notebooks too."""
-    return re.sub(r"<script data-mkdocs-jupyter-mathjax=.*?</script>", "", output, flags=re.S)
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Links every public name that a page mentions in `code` to the API reference."""
+    if page.file.src_uri.startswith("api/"):
+        return markdown
+    where = homes()
+
+    def link(match: re.Match) -> str:
+        text, name = match[0], match["name"]
+        return f"[{text}][{where[name]}.{name}]" if name in where else text
+
+    # Short lower-case names, such as `encode`, are arguments as often as they are functions.
+    names = r"(?<![`\[])`(?:spread_jax\.|sj\.)?(?P<name>\w*[A-Z_]\w*)`(?![`\]])"
+    parts = re.split(r"(^ *```.*?^ *```|^#.*?$|\[[^\]]*\]\()", markdown, flags=re.M | re.S)  # code, headings, links
+    parts[::2] = (re.sub(names, link, part) for part in parts[::2])
+    return "".join(parts)
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Typesets the formulas of pages and of notebooks, and takes out mkdocs-jupyter's loader of MathJax."""
+    output = re.sub(r"<script data-mkdocs-jupyter-mathjax=.*?</script>", "", output, flags=re.S)
+    output = re.sub(
+        r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>',
+        lambda match: typeset(match[3], display=match[2] == "["),
+        output,
+        flags=re.S,
+    )
+    cell = r'(<div class="[^"]*jp-RenderedMarkdown.*?</div>)'
+    return re.sub(cell, lambda match: typeset_dollars(match[0]), output, flags=re.S)
+
+
+def typeset_dollars(text: str) -> str:
+    """Typesets what stands between dollars."""
+    text = re.sub(r"\$\$(.*?)\$\$", lambda match: typeset(match[1], display=True), text, flags=re.S)
+    return re.sub(r"\$([^$]+)\$", lambda match: typeset(match[1], display=False), text)
+
+
+def typeset(latex: str, *, display: bool) -> str:
+    """LaTeX, as it stands in HTML, to MathML; what math_core does not know is an error of the build."""
+    mathml = LatexToMathML().convert_with_local_state(html.unescape(latex).strip(), displaystyle=display)
+    # Browsers lower what is marked as an accent until it touches its letter.
+    mathml = mathml.replace('<mover accent="true">', '<mover class="accent">')
+    return f'<div class="formula">{mathml}</div>' if display else mathml

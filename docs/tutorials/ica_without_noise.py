@@ -13,8 +13,8 @@
 # %% [markdown]
 # # ICA without observation noise
 #
-# Twenty minutes: sources are mixed without noise, $x = A z$, and $A$ is to be found from $x$ alone. EM does not move;
-# this shows why, what spreading the data changes and what it does not, which method to use, and how to find more
+# This takes twenty minutes. Sources are mixed without noise, $x = A z$, and we want to find $A$ from $x$ alone. EM does
+# not move; we show why, what spreading the data changes and what it does not, which method to use, and how to find more
 # sources than there are measurements. Read [why the likelihood is zero](why_zero_likelihood.py) first. You need
 # `pip install "spread-jax[train]"` and a notebook.
 
@@ -51,10 +51,10 @@ right.set(title="two of three measurements", xlabel="$x_1$", ylabel="$x_2$", asp
 _ = right.legend(frameon=False)
 
 # %% [markdown]
-# Second moments say which plane it is, and no more: $A$ times any rotation of the sources has the same covariance. What
-# is left to find is that rotation, and only because the sources are not Gaussian. The error below is the mean deviation
-# of entries of $A$, relative to their mean size, after its columns were put in order and scaled to the right length,
-# which nothing else than the scale of $z$ decides.
+# Second moments tell which plane it is, and no more: $A$ times any rotation of the sources has the same covariance.
+# What remains to be found is that rotation, which is possible only because the sources are not Gaussian. The error
+# below is the mean deviation of entries of $A$, relative to their mean size, after its columns have been put in order
+# and scaled to the right length, which only the scale of $z$ decides.
 
 # %%
 error = lambda mixing: mixing_error(mixing, MIXING, kind="direction")
@@ -64,10 +64,10 @@ start = (directions[:, :2] * scales[:2] ** 0.5) @ turn(1.2)
 print(f"error of a random rotation within the plane: {error(start):.3f}")
 
 # %% [markdown]
-# ## 2. EM freezes
+# ## 2. EM stalls
 #
-# The usual remedy is to say that there is a little noise, $x = Az + \gamma\epsilon$, and to use EM. Here is data that
-# really has such noise, and EM that is told the true $\gamma$. Its E-step draws $z$ from a Gaussian around the
+# The usual remedy is to assume a little noise, $x = Az + \gamma\epsilon$, and to use EM. Here the data really have such
+# noise, and EM knows the true $\gamma$. Its E-step draws $z$ from a Gaussian around the
 # solution of least squares and weights the draws.
 
 # %%
@@ -100,7 +100,7 @@ right.set(title=r"spread EM, no noise in the data", xlabel="steps")
 _ = right.legend(frameon=False)
 
 # %% [markdown]
-# The smaller the noise, the slower EM: one step of it is, to first order, a step of length $\gamma^2$ along a gradient,
+# The smaller the noise, the slower is EM: one step is, to first order, a step of length $\gamma^2$ along a gradient,
 #
 # $$A \leftarrow A + \gamma^2 A (A^\top A)^{-1} \left(E[\psi(u) u^\top] - I\right) C_u^{-1},
 # \qquad u = A^{+} x, \quad \psi = -\nabla \log p(z).$$
@@ -108,16 +108,16 @@ _ = right.legend(frameon=False)
 # So at $\gamma = 0.01$ a step is ten thousand times smaller than at 1. *Spread* EM, on the right, adds noise of scale
 # $\sigma$ to the data and to the model, and makes the same step with $\sigma^2$: at a small $\sigma$ it is as slow.
 #
-# Then what is gained? That $\sigma$ is free. The noise $\gamma$ of the data is what it is, and a model that assumes a
-# larger one has its optimum elsewhere. The noise of a spread is added to both sides, so its optimum is the true $A$
-# for every $\sigma$, and a large one can be taken: the data here have no noise at all, and at $\sigma = 1$ EM arrives.
+# What is gained is that $\sigma$ is free. The noise $\gamma$ of the data is given, and a model that assumes a larger
+# one has its optimum elsewhere. Spread noise is added to both sides, so the optimum is the true $A$ for every $\sigma$,
+# and $\sigma$ can be large: the data here have no noise at all, and at $\sigma = 1$ EM arrives.
 
 # %% [markdown]
 # ## 3. Do not use EM
 #
-# The formula shows what slows EM, and so how not to be slow: leave out the factor $\sigma^2$ and the matrices, which
-# gives the natural gradient of the spread likelihood; or solve for its zero directly by Newton's method, since a
-# Laplace law spread by Gaussian noise has a density in closed form. `fit` takes the latter unless told otherwise.
+# The formula shows what slows EM down, and so how to avoid it. Leave out the factor $\sigma^2$ and the matrices, which
+# gives the natural gradient of the spread likelihood. Or solve for its zero directly by Newton's method, since a
+# Laplace law spread by Gaussian noise has a density in closed form. `fit` does the latter by default.
 
 # %%
 results = {
@@ -138,19 +138,19 @@ for name, result in results.items():
     print(f"{name}: error {found:.4f} after {int(result.num_iterations)} steps, converged: {bool(result.converged)}")
 
 # %% [markdown]
-# `converged` looks at the gradient of the likelihood and not at how little a step moved: a frozen EM does not move
-# either. It also asks whether turning two columns would be likelier, as it is where EM rests on a plateau with both
-# still mixed.
+# `converged` looks at the gradient of the likelihood and not at how little a step moved, because EM that has stalled
+# does not move either. It also checks whether rotating two columns would increase the likelihood, as it does where EM
+# rests on a plateau with the two still mixed.
 
 # %%
-frozen = ica.fit(x, 2, method="spread_em", noise_scale=0.01, num_samples=64, max_iterations=60, key=key)
-print(f"frozen: error {error(np.asarray(frozen.mixing)):.3f}, converged: {bool(frozen.converged)}")
+stalled = ica.fit(x, 2, method="spread_em", noise_scale=0.01, num_samples=64, max_iterations=60, key=key)
+print(f"stalled: error {error(np.asarray(stalled.mixing)):.3f}, converged: {bool(stalled.converged)}")
 
 # %% [markdown]
 # ## 4. What if the sources are not Laplace?
 #
-# Nothing has to be known: by default (`source="auto"`) the score of each source is estimated from the data. Here are
-# one source with flat and one with very heavy tails:
+# You need not know their law: by default (`source="auto"`) the score of each source is estimated from the data. Here
+# one source is flat and the other has very heavy tails:
 
 # %%
 flat, heavy = jax.random.split(jax.random.key(2))
@@ -164,9 +164,9 @@ print(f"uniform and Student sources: error {error(np.asarray(result.mixing)):.4f
 # %% [markdown]
 # ## 5. More sources than measurements
 #
-# With three sources in a plane $A$ has no left inverse, so sources cannot be computed from $x$ even if $A$ is given,
-# and methods that whiten and rotate, like FastICA, have no such solution. The likelihood does not mind: $A$ can be
-# found, by drawing the sources (`method="gibbs"`, taken by itself here).
+# With three sources in a plane $A$ has no left inverse, so the sources cannot be computed from $x$ even if $A$ is
+# known, and methods that whiten and rotate, like FastICA, do not apply. The likelihood is still well defined, and $A$
+# can be found by sampling the sources (`method="gibbs"`, which is chosen automatically here).
 
 # %%
 angles = np.array([0.2, 1.2, 2.3])
@@ -189,7 +189,7 @@ _ = axes.legend(frameon=False)
 # ## Where to go from here
 #
 # - [ICA for scikit-learn users](../guides/ica_for_scikit_learn.md): the same as an estimator, beside FastICA.
-# - [The mathematics](../mathematics.md#why-em-freezes) of the freeze, and [results](../results/ica.md) with ten sources
+# - [The mathematics](../mathematics.md#why-em-stalls) of the stall, and [results](../results/ica.md) with ten sources
 #   in twenty dimensions, against the noise and against the number of examples.
 # - `make ica PRESET=audio` unmixes sounds and writes them to listen to; `make ica PRESET=images` finds the features of
 #   photographs.

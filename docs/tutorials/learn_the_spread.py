@@ -13,8 +13,8 @@
 # %% [markdown]
 # # Learn the spread
 #
-# Fifteen minutes on a problem where every number is exact: which noise shows best that a model is wrong, why noise
-# needs a constraint, how noise and model are trained in turn, and what is gained. Read
+# This takes fifteen minutes, on a problem where every number is exact: which noise best reveals that a model is wrong,
+# why noise needs a constraint, how noise and model are trained in turn, and what is gained. Read
 # [why the likelihood is zero](why_zero_likelihood.py) first. You need `pip install "spread-jax[train]"` and a notebook.
 
 # %%
@@ -63,7 +63,7 @@ for name, noise in (("isotropic", isotropic), ("ridge", across)):
     print(f"entropy of the {name} noise: {entropy(noise):.3f} nats")
 
 # %% [markdown]
-# Take a model at the angle 0.9 and turn the noise. Its direction decides how well the error is seen:
+# Take a model at the angle 0.9 and rotate the noise. Its direction decides how visible the error is:
 
 # %%
 wrong = 0.9
@@ -92,13 +92,14 @@ right.set(xlabel="direction of the noise", ylabel="spread KL, nats", title="How 
 _ = right.legend(frameon=False)
 
 # %% [markdown]
-# The best noise lies nearly *along* the model's line: across it the spread model stays narrow, and data that are not
-# on the line stand out. The worst lies across, and hides just that. (The smaller peak is noise along the data's line.)
+# The best noise lies nearly *along* the model's line: across it the spread model stays narrow, and data that are not on
+# the line stand out. The worst noise lies across the line, and hides just that. (The smaller peak is noise along the
+# data's line.)
 #
 # ## 2. Noise needs a constraint
 #
-# Less noise always discriminates more. If the size of the noise may change too, it shrinks, and in the limit the
-# divergence is infinite again, which is where we came from:
+# Less noise always discriminates more. If its size may change too, the noise shrinks, and in the limit the divergence
+# is infinite again, which is where we started:
 
 # %%
 for size in (1.0, 0.5, 0.1, 0.01):
@@ -106,9 +107,9 @@ for size in (1.0, 0.5, 0.1, 0.01):
     print(f"{size:5.2f} times the noise: spread KL {spread_kl(wrong, smaller):12.1f} nats")
 
 # %% [markdown]
-# So the noise may turn but not shrink. `LowRankGaussianNoise(sigma, free).with_volume(v)` rescales a free factor to the
-# volume $\det(L^\top L)^{1/2} = v$, here the length of the one column, so all that can be learned is its direction.
-# (`with_entropy` fixes the entropy of the whole noise; for one column and one $\sigma$ both say the same.)
+# So the noise may rotate, but not shrink. `LowRankGaussianNoise(sigma, free).with_volume(v)` rescales a free factor to
+# the volume $\det(L^\top L)^{1/2} = v$, here the length of the one column, so all that can be learned is its direction.
+# (`with_entropy` fixes the entropy of the whole noise; for one column and one $\sigma$ the two are equivalent.)
 #
 # ## 3. Two players
 #
@@ -117,10 +118,10 @@ for size in (1.0, 0.5, 0.1, 0.01):
 # three noises, each with the same model, start and learning rate:
 #
 # - isotropic noise, fixed;
-# - a ridge that lies across the data's line, fixed: an unlucky choice, and how should one know?
-# - a ridge that starts there and learns, one step for every two of the model.
+# - a ridge that lies across the data's line, fixed: an unlucky choice, which one could not have known;
+# - a ridge that starts there and is learned, with one step for every two of the model.
 #
-# The noise ascends on the *logarithm* of the divergence, which has its maximum at the same place, and a gradient that
+# The noise ascends on the *logarithm* of the divergence, which has its maximum at the same place and a gradient that
 # does not fade as the model gets better. The batch holds $\sigma$ and the volume, since nothing is drawn at random
 # here.
 
@@ -187,14 +188,15 @@ right.axhline(TRUTH, color="0.6", linestyle=":")
 _ = right.set(xlabel="steps of the model", ylabel="direction of the noise", title="dotted: the data's line")
 
 # %% [markdown]
-# The learned noise leaves its bad place in some steps and turns along the line. All three have the same optimum, the
-# truth: noise changes what is seen on the way, not where it leads.
+# Within a few steps the learned noise leaves its bad position and turns along the line. All three runs have the same
+# optimum, the truth: noise changes what is seen on the way, but not where the way leads.
 #
 # ## 4. What is gained
 #
-# Steps are a matter of learning rates; a larger divergence has larger gradients. What no learning rate can buy is
-# *information*: how much one spread example says about the angle. It is the Fisher information of the spread model, in
-# closed form for Gaussians, and the standard error of the angle from $N$ examples is one over the root of $N$ times it.
+# The number of steps depends on the learning rate, and a larger divergence has larger gradients. What no learning rate
+# can buy is *information*: how much one spread example says about the angle. It is the Fisher information of the spread
+# model, in closed form for Gaussians, and the standard error of the angle from $N$ examples is one over the root of $N$
+# times it.
 
 # %%
 noises = {"isotropic": isotropic, "across": across, "learned": ridge(played["learned"][1][-1])}
@@ -210,8 +212,8 @@ for name, noise in noises.items():
     print(f"{name}: information {of_one:.2f}, standard error from 1,000 examples {(1000 * of_one) ** -0.5:.4f}")
 
 # %% [markdown]
-# Is that so? Draw 200 data sets of 1,000 examples, spread them, find the angle of largest spread likelihood in each,
-# and look at how the estimates scatter. The likelihood needs no more of a data set than its second moment.
+# To check this, draw 200 data sets of 1,000 examples, spread them, find the angle of largest spread likelihood in each,
+# and look at how the estimates scatter. The likelihood depends on a data set only through its second moment.
 
 # %%
 angles = TRUTH + np.linspace(-0.2, 0.2, 401)
@@ -232,20 +234,20 @@ for name, noise in noises.items():
 # %% [markdown]
 # ## 5. What it does not do
 #
-# - It is a game, and noise follows what is wrong *now*. Here one number was to be learned. Where the length of the
-#   line is unknown too, noise along the line hides the length: what one direction gains the other pays for, and the
+# - It is a game, and the noise follows what is wrong *now*. Here only one number had to be learned. If the length of
+#   the line is unknown too, noise along the line hides the length: what one direction gains the other loses, and the
 #   noise turns from one to the other as the model improves.
-# - A bound on the divergence is not the divergence: noise that ascends on a bound can learn to make it loose. See
-#   [the guide](../guides/learn_the_spread.md) for what to cut, and [digits](../results/mnist.md) for what happens if
-#   not.
+# - A bound on the divergence is not the divergence: noise that ascends on a bound can learn to make it loose. See [the
+#   guide](../guides/learn_the_spread.md) for the gradient to cut, and [digits](../results/mnist.md) for what happens
+#   otherwise.
 #
 # ## 6. Try
 #
 # 1. Give the noise 20 steps for each of the model, `steps=1` for the model and `steps=20` for it. Does the model get
 #    there sooner?
 # 2. Learn $a$ itself, both numbers: `line = lambda a: jnp.outer(a, a)`, starting from a length of 0.3. Plot the noise's
-#    direction. Compare the steps with those of isotropic noise, at the same learning rate, before you believe in
+#    direction. Compare the steps with those of isotropic noise at the same learning rate before you trust
 #    either.
-# 3. Leave out `with_volume`. How long until the divergence is infinite?
+# 3. Leave out `with_volume`. How long does it take until the divergence is infinite?
 #
 # Next: [choosing the noise](../guides/choose_the_noise.md), or images: `make demo ARGS="--noise low_rank"`.

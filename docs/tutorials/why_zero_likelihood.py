@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Why the likelihood is zero, and what to do
 #
-# Twenty minutes, in the order of the argument: a model without noise has likelihood zero almost everywhere; adding the
-# same noise to data and model repairs that without moving the optimum; adding it to one side moves it; not every noise
-# will do; and a generator can be trained this way. You need `pip install "spread-jax[train]"` and a notebook; it
-# all runs on a laptop.
+# This takes twenty minutes and follows the argument step by step: a model without noise has likelihood zero almost
+# everywhere; adding the same noise to data and model repairs this without moving the optimum; adding it to one side
+# moves the optimum; not every noise will do; and a generator can be trained in this way. You need
+# `pip install "spread-jax[train]"` and a notebook, and it all runs on a laptop.
 
 # %%
 import jax
@@ -31,8 +31,8 @@ key = jax.random.key(0)
 # %% [markdown]
 # ## 1. A model that gives probability to almost nothing
 #
-# Take one latent number $z \sim N(0, 1)$ and put it on a line through the plane, $x = a z$. Data and model are of this
-# kind; only the direction of the line is to be learned.
+# Take one latent number $z \sim N(0, 1)$ and place it on a line in the plane, $x = a z$. Both the data and the model
+# are of this kind, and only the direction of the line has to be learned.
 
 # %%
 direction = lambda angle: jnp.stack([jnp.cos(angle), jnp.sin(angle)])
@@ -49,8 +49,8 @@ figure.tight_layout()
 
 # %% [markdown]
 # The model's covariance $a a^\top$ has determinant zero, so its density is infinite on its own line and zero off it.
-# All data but those at the crossing have likelihood zero. The log-likelihood is $-\infty$ for *every* wrong angle,
-# near or far, so it cannot say which of two wrong angles is better, and its gradient is nowhere.
+# All data except those at the crossing have likelihood zero. The log-likelihood is $-\infty$ for *every* wrong angle,
+# near or far, so it cannot say which of two wrong angles is better, and it has no gradient.
 
 # %%
 for angle in (0.5, 0.51, 0.7, 1.5):
@@ -62,12 +62,13 @@ for angle in (0.5, 0.51, 0.7, 1.5):
 # %% [markdown]
 # ## 2. The smallest case: two point masses
 #
-# Let $p$ be all at 0 and $q$ all at $d$. Whatever $d \neq 0$ is, $\mathrm{KL}(p\|q) = \infty$. Now *spread* both:
-# replace $x$ by $y = x + \sigma\epsilon$. Then $\tilde p = N(0, \sigma^2)$, $\tilde q = N(d, \sigma^2)$ and
+# Let all the mass of $p$ be at 0 and all the mass of $q$ at $d$. For every $d \neq 0$, $\mathrm{KL}(p\|q) = \infty$.
+# Now *spread* both: replace $x$ by $y = x + \sigma\epsilon$. Then $\tilde p = N(0, \sigma^2)$, $\tilde q = N(d,
+# \sigma^2)$ and
 #
 # $$\mathrm{KL}(\tilde p\|\tilde q) = \frac{d^2}{2\sigma^2},$$
 #
-# finite, zero only at $d = 0$, with a gradient that points to the answer.
+# which is finite, is zero only at $d = 0$, and has a gradient that points to the answer.
 
 # %%
 distances = jnp.linspace(0.0, 3.0, 100)[:, None]
@@ -90,7 +91,7 @@ right.legend(frameon=False)
 figure.tight_layout()
 
 # %% [markdown]
-# Every $f$-divergence becomes useful in the same way. From samples it is estimated with an error bar:
+# Every $f$-divergence becomes useful in the same way. From samples, it can be estimated with an error bar:
 
 # %%
 zero, two = jnp.zeros((1, 1)), jnp.full((1, 1), 2.0)
@@ -103,9 +104,9 @@ for divergence in (sj.kl, sj.jensen_shannon, sj.squared_hellinger, sj.total_vari
 # %% [markdown]
 # ## 3. Back to the line
 #
-# Spread, the line's model is $N(0, a a^\top + \sigma^2 I)$, and the spread KL to the truth is that of two Gaussians.
-# Now nearby angles are better than far ones, and the minimum is at the truth *for every noise scale*: noise blunts the
-# objective, it does not move its optimum.
+# Once spread, the model of the line is $N(0, a a^\top + \sigma^2 I)$, and the spread KL to the truth is that between
+# two Gaussians. Now nearby angles are better than distant ones, and the minimum is at the truth *for every noise
+# scale*: noise flattens the objective, but does not move its optimum.
 
 # %%
 angles = jnp.linspace(-0.8, 1.8, 261)
@@ -129,9 +130,9 @@ figure.tight_layout()
 # %% [markdown]
 # ## 4. Why both sides
 #
-# A variational autoencoder puts noise on the model only. For data of variance $v$ and a model $N(0, a)$ seen through
+# A variational autoencoder puts noise on the model only. For data of variance $v$ and a model $N(0, a)$ with added
 # noise of variance $\sigma^2$, maximum likelihood finds $\max(v - \sigma^2, 0)$: the model shrinks to make room for its
-# own noise. With noise on the data only it finds $v + \sigma^2$. With noise on both it finds $v$.
+# own noise. With noise on the data only it finds $v + \sigma^2$, and with noise on both it finds $v$.
 
 # %%
 scales = jnp.linspace(0.01, 1.5, 60)
@@ -146,8 +147,8 @@ figure.tight_layout()
 # %% [markdown]
 # ## 5. Not every noise will do
 #
-# Two things are needed: the spread densities must share their support, and different $p$ must spread to different
-# $\tilde p$. The first fails for noise of bounded support:
+# Two conditions are needed: the spread densities must share their support, and different $p$ must spread to different
+# $\tilde p$. The first condition fails for noise of bounded support:
 
 # %%
 for noise in (sj.LaplaceNoise(1.0), sj.UniformNoise(1.0)):
@@ -226,12 +227,12 @@ print(f"mean distance from samples to data: {mean_distance(samples, curve):.3f}"
 print(f"mean distance from data to samples: {mean_distance(curve, samples):.3f}")
 
 # %% [markdown]
-# The samples are $g(z)$ without any noise: it was needed to compare, not to generate.
+# The samples are $g(z)$ without any noise: the noise was needed to compare, not to generate.
 #
 # ## 7. Try
 #
-# 1. Leave $\sigma$ at 0.5 in section 6. What is lost? (Detail below the noise scale hardly changes the objective.)
-# 2. Start at $\sigma = 0.1$. What is lost now? (Far parts of the curve give little gradient.)
+# 1. Keep $\sigma$ at 0.5 in section 6. What is lost? (Detail below the noise scale hardly changes the objective.)
+# 2. Start at $\sigma = 0.1$. What is lost now? (Distant parts of the curve give little gradient.)
 # 3. Replace `sj.spread_elbo` by `sj.elbo` at a fixed $\sigma = 0.5$: the samples shrink inwards, as in section 4.
 #
 # Next: [the mathematics](../mathematics.md), [choosing the noise](../guides/choose_the_noise.md), or

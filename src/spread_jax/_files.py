@@ -1,4 +1,4 @@
-"""Files that a crash leaves as they were or complete, and that no link or pipe of a stranger's leads astray."""
+"""Files that a crash leaves either as they were or complete, and that no untrusted link or pipe can divert."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 def tell(sentence: str) -> None:
-    """Prints on stderr; that it is closed, or its disk full, ends nothing.
+    """Prints on stderr; a closed stderr or a full disk is not an error.
 
     Example:
       >>> tell("The state is saved.")
@@ -24,7 +24,7 @@ def tell(sentence: str) -> None:
 
 
 def _harmless(text: str) -> str:
-    """Names in it may be a stranger's: no sequence of theirs moves the cursor or changes the terminal."""
+    """Names in it may be untrusted: no sequence in them moves the cursor or changes the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
 
 

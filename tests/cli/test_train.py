@@ -146,7 +146,7 @@ def test_a_finished_run_says_so_and_runs_longer_when_asked(unbroken, run, tmp_pa
     assert code == 0, err
     assert "resuming" in err
     assert "the learning rate had decayed over 12 steps so far" in err
-    assert err.count("metrics.jsonl goes on: ConnectionError: no server") == 1
+    assert err.count("metrics.jsonl continues: ConnectionError: no server") == 1
     assert "down.py" not in (tmp_path / "run/config.json").read_text()  # a folder from elsewhere must name no code
     assert [line["step"] for line in recorded(tmp_path / "run")][-1] == 15
     assert json.loads(out.removeprefix("RESULT "))["steps"] == 15
@@ -189,7 +189,7 @@ def test_asked_to_stop_it_saves_and_resumes_bit_exact(unbroken, shared, tmp_path
     if code == 0:
         pytest.skip("the run ended before the signal came")
     assert code == 128 + signal.SIGTERM
-    assert "repeat the command to go on" in err
+    assert "repeat the command to continue" in err
     assert "RESULT" not in out
     assert list((workdir / "checkpoints").iterdir())
     code, _, err = finish(start(shared, workdir, save_every=1000))

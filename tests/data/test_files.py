@@ -137,10 +137,10 @@ def test_pictures_of_other_kinds_are_told_of_once(tmp_path, own_cache, picture):
         report = lambda message, done, total, to=messages: message and to.append(message)
         found = [len(open_dataset(path, split, image_size=4, progress=report)) for split in ("train", "test")]
         assert found == [2, 1]
-        assert messages == ["1 .avif and 2 .heic files are passed over: convert them to JPEG or PNG to use them"]
+        assert messages == ["1 .avif and 2 .heic files are skipped: convert them to JPEG or PNG to use them"]
     for path in folder.glob("[a-d]*"):
         path.unlink()
-    with pytest.raises(DatasetError, match=r"holds no image files: .*\. 1 \.avif and 2 \.heic files are passed over"):
+    with pytest.raises(DatasetError, match=r"holds no image files: .*\. 1 \.avif and 2 \.heic files are skipped"):
         open_dataset(folder)
 
 

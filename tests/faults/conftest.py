@@ -203,8 +203,8 @@ def tally(chaos):
         tables.append(_report.Table("Times", rows))
     notes = (
         "Each fault hits a training run; it is then resumed and compared with an unbroken one: every bit of the final "
-        "state, every recorded metric. Survived also means that the fault was told of in a sentence where there is "
-        f"something to tell. All of it took {time.monotonic() - began:.0f} s."
+        "state, every recorded metric. Survived also means that the fault was reported in one sentence where there is "
+        f"something to report. All of it took {time.monotonic() - began:.0f} s."
     )
     command = f"make chaos KILLS={os.environ.get('SPREAD_JAX_KILLS', '')}"
     folder = Path(os.environ["SPREAD_JAX_CHAOS"])

@@ -1,4 +1,4 @@
-"""Files of strangers: nothing of theirs is run, followed, waited for or unpacked beyond its size."""
+"""Untrusted files: nothing in them is run, followed, waited for or unpacked beyond its size."""
 
 from __future__ import annotations
 

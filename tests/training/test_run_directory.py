@@ -524,7 +524,7 @@ def test_events_that_cannot_be_written_end_events_alone(tmp_path):
         run.log_metrics(2, {"a": 1.0})
         assert steps_of(run) == [1, 2]
     assert len(said) == 1
-    assert "metrics.jsonl goes on" in said[0]
+    assert "metrics.jsonl continues" in said[0]
 
 
 # --- a hook ---
@@ -567,7 +567,7 @@ def test_a_hook_that_raises_is_told_of_once_and_the_run_goes_on(tmp_path):
     assert calls == [1, 2]
     assert len(said) == 1
     assert said[0].startswith(
-        "on_log failed at step 2 and is not called again, metrics.jsonl goes on: ConnectionError:"
+        "on_log failed at step 2 and is not called again, metrics.jsonl continues: ConnectionError:"
     )
     assert "refused by the server" in said[0]
     assert len(said[0]) < 500

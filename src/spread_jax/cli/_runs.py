@@ -18,7 +18,7 @@ def data_of(run: Trained, data: str | None, cache_dir: str | None) -> DataSettin
     Args:
       run: from its folder.
       data: where the data is now. If None, one of the data sets with a name, or where this user has trained on it:
-        a path in the folder of a run may be a stranger's.
+        a path in the folder of a run may be untrusted.
       cache_dir: of decoded images; the usual place if None.
     """
     saved = saved_config(run.path).get("data")

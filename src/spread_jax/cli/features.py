@@ -48,7 +48,7 @@ class Config:
     crop: int | None = None
     """Side of the centre square cut out before resizing; 140 for CelebA if not given."""
     max_examples: int | None = None
-    """Use only the first so many images of each split."""
+    """Use only the first images of each split, this many."""
     cache_dir: str | None = None
     """Folder of decoded images and features; ~/.cache/spread_jax if not given."""
     quiet: bool = False

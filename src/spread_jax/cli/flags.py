@@ -21,18 +21,18 @@ _CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.AvoidSubcommands)
 
 @dataclasses.dataclass(frozen=True)
 class RunFlags:
-    """Where a run is kept, and what is told of it."""
+    """Where a run is stored, and what is reported about it."""
 
     workdir: str | None = None
-    """The run's folder; below runs/ by the preset, the seed, and what of objective and noise is not the usual, if not
-    given."""
+    """The run's folder; if not given, one below runs/ named by the preset, the seed, and the objective and noise where
+    they are not the default."""
     pictures: bool = True
     """Draw samples, reconstructions, interpolations and curves while training."""
     report_real_images: bool = True
     """Show images of the data set in report.html, as the reconstructions do."""
     on_log: str | None = None
     """A function of (step, metrics) to call for every record, to send it elsewhere: `package.module:function` or
-    `path/to/file.py:function`. One that raises is told of once and not called again in that run."""
+    `path/to/file.py:function`. If it raises, the error is reported once and it is not called again in that run."""
     quiet: bool = False
     """Print only the RESULT line and errors."""
 
@@ -107,7 +107,7 @@ def parse_training(
     """
     argv = sys.argv[1:] if argv is None else argv
     choices = {
-        "preset": (default, presets, "Whose values the other flags start from."),
+        "preset": (default, presets, "The settings that the other flags start from."),
         "objective": ("spread_elbo", METHODS, "What is optimised: " + _listed(METHODS)),
         "noise": ("gaussian", NOISES, "The spread noise; the learned ones train against the model."),
     }

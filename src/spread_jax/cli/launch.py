@@ -106,7 +106,7 @@ def _leave_broken_streams() -> None:
 
 
 def print_result(results: Mapping) -> None:
-    """Prints the last line of a program, `RESULT` and JSON, on stdout; that nobody can read it ends nothing.
+    """Prints the last line of a program, `RESULT` and JSON, on stdout; a closed stdout is not an error.
 
     Args:
       results: numbers, strings, lists and mappings of them.

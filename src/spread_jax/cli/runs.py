@@ -40,7 +40,7 @@ class Config:
     """Where to look."""
 
     folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)
-    """Folders that are searched to the bottom for runs."""
+    """Folders to search for runs, with everything below them."""
 
 
 def describe(folder: Path, root: Path) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Config:
     num: int = 64
     """How many samples."""
     seed: int = 0
-    """Seed of the latents; sample i of a seed is the same whatever the number drawn, of those from the prior."""
+    """Seed of the latents; from the prior, sample i of a seed does not depend on how many are drawn."""
     latents: Literal["prior", "mixture"] = "prior"
     """Draw z from N(0, I), or from a mixture of Gaussians fitted to the aggregate posterior of the training images."""
     best_of: int = 1

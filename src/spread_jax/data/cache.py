@@ -74,7 +74,7 @@ def cached_arrays(
         source: what to decode.
         split: the split's name, part of the key.
         cache_dir: folder of the cache; None for `default_cache_dir()`.
-        max_examples: only the first so many.
+        max_examples: only this many, the first ones.
         progress: told how far a build is.
 
     Returns:
@@ -247,7 +247,7 @@ class _Entry:
                 if block.images.shape != (stop - start, *self._shape[1:]):
                     raise DatasetError(
                         f"{self._source.description} gave images of shape {block.images.shape} "
-                        f"where {(stop - start, *self._shape[1:])} was announced."
+                        f"where {(stop - start, *self._shape[1:])} was expected."
                     )
                 images = np.ascontiguousarray(block.images, np.uint8)
                 file.write(images.data)

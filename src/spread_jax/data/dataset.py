@@ -110,7 +110,7 @@ def open_dataset(
         channels: 1 or 3. Default: 1 for idx and digits, 3 for image files, as stored for TFDS.
         cache_dir: folder for the decoded images. Default: $SPREAD_JAX_CACHE, else
             $XDG_CACHE_HOME/spread_jax, else ~/.cache/spread_jax.
-        max_examples: open only the first so many of the split.
+        max_examples: open only this many of the split, the first ones.
         progress: called as `progress(message_or_None, done, total)` while decoding. Default: a bar
             on a terminal, else lines on stderr.
 

@@ -56,7 +56,7 @@ class Listing(NamedTuple):
 
 
 def list_folder(path: Path) -> Listing:
-    """Find image files in a folder and all below it; other files are passed over by their name."""
+    """Find image files in a folder and all below it; other files are skipped by their name."""
     root = path.resolve()
     stamps: dict[str, str] = {}
     passed_over: Counter = Counter()
@@ -134,7 +134,7 @@ def _pass_over(name: str, passed_over: Counter) -> None:
 def told_of(passed_over: Counter) -> str:
     """Which pictures are not read, as a sentence; empty where there are none."""
     counts = " and ".join(f"{count:,} {suffix}" for suffix, count in sorted(passed_over.items()))
-    return f"{counts} files are passed over: convert them to JPEG or PNG to use them" if counts else ""
+    return f"{counts} files are skipped: convert them to JPEG or PNG to use them" if counts else ""
 
 
 def _hidden(part: str) -> bool:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
-# Pictures too, which are passed over and told of.
+# Pictures too, which are skipped and reported.
 OTHER_PICTURES = frozenset(
     (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".eps", ".psd", ".tga", ".dng", ".cr2", ".nef", ".arw", ".raw")
 )

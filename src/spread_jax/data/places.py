@@ -1,4 +1,4 @@
-"""Where data lies on this machine, kept with the user's own cache: a run's folder may come from a stranger."""
+"""Where data lies on this machine, kept in the user's own cache: a run's folder may be untrusted."""
 
 from __future__ import annotations
 

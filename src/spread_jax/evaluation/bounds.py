@@ -1,4 +1,4 @@
-"""How likely held-out data is: bounds over a data set, and annealed importance sampling of log p~(y)."""
+"""How likely held-out data are: bounds over a data set, and annealed importance sampling of log p~(y)."""
 
 from __future__ import annotations
 

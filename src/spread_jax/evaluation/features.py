@@ -329,7 +329,7 @@ def inception_features(weights: str | os.PathLike | None = None, *, batch_size: 
             raise FeaturesError(f"There is no file of Inception weights at {path}: {by_hand}.")
         if why := why_unreachable(_INCEPTION_HOST):
             raise FeaturesError(
-                f"The Inception weights are not at hand and {_INCEPTION_HOST} cannot be reached ({why}): {by_hand}."
+                f"The Inception weights are missing here, and {_INCEPTION_HOST} cannot be reached ({why}): {by_hand}."
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

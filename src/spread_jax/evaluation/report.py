@@ -280,7 +280,7 @@ def _text(value: Any) -> str:
 
 
 def _page(title: str, sections: Mapping[str, str]) -> str:
-    anchor = lambda name: re.sub(r"[^a-z0-9]+", "-", name.lower())  # a name may be of a stranger's figure
+    anchor = lambda name: re.sub(r"[^a-z0-9]+", "-", name.lower())  # a name may be untrusted
     links = "".join(f'<a href="#{anchor(name)}">{_text(name)}</a>' for name in sections)
     body = "".join(
         f'<section id="{anchor(name)}"><h2>{_text(name)}</h2>{content}</section>' for name, content in sections.items()

@@ -60,7 +60,7 @@ class ToldScale(Method):
 class ScalesMethod(ToldScale):
     """A generator whose samples are compared with data at scales of noise from a log-uniform law."""
 
-    ema_decay: float = 0.995
+    ema_decay: float = 0.999
     """Decay of the generator's moving average, which draws the samples."""
     final_learning_rate_fraction: float = 1.0
     """Cosine decay to this fraction of the learning rates; 1 for none."""

@@ -36,7 +36,7 @@ class EvaluateSettings:
     """`inception`, or a file made by `spread-jax features`; that of the run's data, trained if need be, if not
     given."""
     samples: int = 10_000
-    """Held-out images at most, and as many samples."""
+    """Held-out images to compare with, at most, and as many samples."""
     mixture_components: int = 10
     """Gaussians in the mixture that is fitted to the aggregate posterior, for samples whose latents are drawn from it
     beside those from the prior; 0 for none. For methods with an encoder."""
@@ -80,7 +80,7 @@ def evaluate(
     cache_dir: str | None = None,
     say: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Everything that can be told of a generator.
+    """Everything that can be measured of a generator.
 
     Args:
       run: what `fit` or `open_run` returned.

@@ -72,7 +72,7 @@ def fit(
     """Trains a method in a run's folder, or resumes it there; of a finished run it reads what is there.
 
     The folder gets config.json, metrics.jsonl, TensorBoard events, sealed checkpoints, pictures, results.json and
-    report.html. A run that was interrupted, or killed, goes on from its newest sound checkpoint to the same bits.
+    report.html. A run that was interrupted, or killed, continues from its newest sound checkpoint to the same bits.
 
     Args:
       method: what to train, such as `DeltaVae(latent_dim=32)`; its image shape is taken from the data.
@@ -159,7 +159,7 @@ def fit(
         if done >= settings.steps:
             if pictures and not (folder.path / "report.html").exists():  # a crash has cost it
                 write_report(folder.path, real_images=real_images)
-            say(f"{folder.path} is finished ({done} steps); raise the steps to go on.")
+            say(f"{folder.path} is finished ({done} steps); raise the steps to continue.")
             trained = job.as_trained(job.restored())
             trained.results, trained.records = folder.results, folder.read_metrics()
             return trained
@@ -395,7 +395,7 @@ class _Job:
         except TrainingInterrupted as interruption:
             saver.wait()
             if first_process():
-                tell(f"{interruption} The state is saved; repeat the command to go on.")
+                tell(f"{interruption} The state is saved; repeat the command to continue.")
             raise
         except NonFiniteLossError as error:
             saver.wait()

@@ -1,4 +1,4 @@
-"""What a run shows of itself: samples, reconstructions, interpolations."""
+"""The pictures of a run: samples, reconstructions, interpolations."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Sized for two CPU cores and minutes, on synthetic faces.
-    "demo": {"objective": "density_ratio", "steps": 3000, "mirrored": True, "sample_every": 1500, "save_every": 1500},
+    "demo": {"objective": "density_ratio", "steps": 3500, "mirrored": True, "sample_every": 1400, "save_every": 1400},
     # The same on photographs, with an encoder and the bound, which keep few images from being all alike.
     "small": {
         "objective": "density_ratio_vae",
@@ -26,6 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "steps": 5000,
         "latent_dim": 64,
         "width": 24,
+        "ema_decay": 0.995,
         "final_noise_scale": 0.4,
         "learning_rate": 1e-3,
         "noise_decay_every": 1000,

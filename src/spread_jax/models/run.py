@@ -1,4 +1,4 @@
-"""A generator that was trained: what `fit` returns and `open_run` reads from a folder, and what can be had from it."""
+"""A trained generator: what `fit` returns and `open_run` reads from a folder, and what can be done with it."""
 
 from __future__ import annotations
 
@@ -263,7 +263,7 @@ def _encoded(run, images, seed):
 
 
 def held_out(run: Trained, dataset: Dataset, *, count: int, batch_size: int, key: jax.Array) -> dict[str, float]:
-    """Means over a split's first images of what the method can tell of images it has not seen.
+    """Means over a split's first images of what the method measures on images that it has not seen.
 
     Args:
       run: the generator.

@@ -116,7 +116,7 @@ class DataSettings:
     crop: int | None = None
     """Side of the centre square cut out before resizing; 140 for CelebA if not given."""
     max_examples: int | None = None
-    """Use only the first so many images of each split."""
+    """Use only the first images of each split, this many."""
     channels: int | None = None
     """1 or 3; what suits the data if not given."""
     cache_dir: str | None = None

@@ -185,7 +185,7 @@ class LearnedCovariance(LearnedNoise):
     factor_scale: float = 1.0
     """The geometric mean of L's singular values, in units of the data."""
     max_entropy_ratio: float = 2.0
-    """Training stops where L adds more than so many times the least entropy at its volume."""
+    """Training stops when L adds more than this many times the least entropy that its volume allows."""
 
     def validate(self, event_shape: tuple[int, ...]) -> None:
         super().validate(event_shape)

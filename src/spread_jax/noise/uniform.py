@@ -19,7 +19,7 @@ __all__ = ["UniformNoise"]
 
 @frozen_pytree
 class UniformNoise(ProductNoise):
-    r"""Uniform noise on [x_d - h, x_d + h] in each dimension: refused wherever a log-density is needed.
+    r"""Uniform noise on [x_d - h, x_d + h] in each dimension: an error wherever a log-density is needed.
 
     Its Fourier transform prod_d sin(h omega_d) / (h omega_d) vanishes on countably many hyperplanes only, so
     p~ = q~ still implies p = q. But it has bounded support: p~ and q~ need not share theirs, and a

@@ -1,4 +1,4 @@
-"""Training: players and their step, a loop, checkpoints, run folders, meshes; knows no particular model."""
+"""Training for any model: players and their step, a loop, checkpoints, run folders, meshes."""
 
 from spread_jax.training.checkpoint import Checkpointer, CheckpointError, Restored
 from spread_jax.training.loop import NonFiniteLossError, StepRecord, TrainingInterrupted, every, train

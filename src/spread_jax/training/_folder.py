@@ -32,7 +32,7 @@ MARK = ".checkpointed"
 
 
 class SavedRun(NamedTuple):
-    """A run as its folder tells of it; nothing of it has been checked but that it is a run.
+    """A run as its folder describes it; all that has been checked is that the folder is that of a run.
 
     Attributes:
       path: the folder.
@@ -69,7 +69,7 @@ class SavedRun(NamedTuple):
 
 
 def read_run(path: str | os.PathLike[str], *, local_keys: Collection[str] = ()) -> SavedRun:
-    """Reads the folder of a run, which may be in use, or come from a stranger; nothing is written or locked.
+    """Reads the folder of a run, which may be in use or untrusted; nothing is written or locked.
 
     Args:
       path: the folder.

@@ -91,7 +91,7 @@ class Metrics:
         if steps and step - steps[-1] > longest > 0:
             self._log(f"{self.path} ends at step {steps[-1]}: the records from there to step {step} are lost.")
         elif not steps and step > 0:
-            self._log(f"{self.path} holds no records up to step {step}, from which the run goes on.")
+            self._log(f"{self.path} holds no records up to step {step}, from which the run continues.")
         if not records:
             return
         try:
@@ -116,7 +116,7 @@ class Metrics:
         except OSError as error:
             self._wants_events = False
             self._log(
-                f"TensorBoard events stop here, metrics.jsonl goes on: {folder} could not be written: {reason(error)}"
+                f"TensorBoard events stop here, metrics.jsonl continues: {folder} could not be written: {reason(error)}"
             )
 
 

@@ -175,5 +175,5 @@ def _unreadable(folder: Path, name: str, error: OSError) -> Exception:
         return Unsound(f"{name}: it cannot be read ({error})")
     return CheckpointError(
         f"{folder / name} cannot be read: {reason(error)} Nothing was changed. Repeat the command once it can be read, "
-        f"or move {folder} away to go on from the step before."
+        f"or move {folder} away to continue from the step before."
     )

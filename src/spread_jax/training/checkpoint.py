@@ -1,4 +1,4 @@
-"""Checkpoints that are either bit-exact or refused.
+"""Checkpoints that are either bit-exact or rejected.
 
 Orbax writes and reads the arrays. This module adds the seal: once a step is on the disk, every one
 of its files is hashed into a manifest, and a step is restored only while all of them still match.
@@ -128,7 +128,7 @@ class Checkpointer:
         was sealed with another is refused. None accepts every step.
       mark: a file outside of ``directory`` that is written once a step is sealed, and holds ``run``; where it is there,
         a folder without any step is an error and no new run.
-      read_only: whether nothing in the folder may be changed: ``save`` is refused and damaged steps are passed over.
+      read_only: whether nothing in the folder may be changed: ``save`` is refused and damaged steps are skipped.
       log: called with a sentence when a checkpoint is found damaged; prints to stderr by default.
 
     Raises:
@@ -303,7 +303,7 @@ class Checkpointer:
         failure = CheckpointError(
             f"the checkpoint of step {step} could not be written to {self.directory} (it needs "
             f"{needed:,} bytes, {'an unknown number' if free is None else f'{free:,}'} are free): "
-            f"{why} Earlier checkpoints are untouched; {'make room' if full else 'mend this'} and "
+            f"{why} Earlier checkpoints are untouched; {'make room' if full else 'fix this'} and "
             "run the same command again to resume."
         )
         failure.__cause__ = error

@@ -1,4 +1,4 @@
-"""A training loop that knows no model: it advances a state, records, saves, and stops cleanly."""
+"""A training loop for any model: it advances a state, records, saves, and stops cleanly."""
 
 from __future__ import annotations
 

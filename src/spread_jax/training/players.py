@@ -2,7 +2,7 @@
 
 One player is ordinary training. Two are a game: a model against a critic or against a noise that learns to tell it
 from the data. Players take turns in a fixed round, and whose turn it is depends on the step alone, so a run resumed in
-the middle of a turn goes on in it.
+the middle of a turn continues in it.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class RunDirectory:
           resumable_keys: keys that may differ from the saved ones, such as the number of steps;
             nested keys are dotted, ``optimizer.learning_rate``, and a key stands for all below it.
           local_keys: keys of places and habits on this machine, such as the cache's folder: they are neither
-            written nor read, since a run's folder may come from a stranger.
+            written nor read, since a run's folder may be untrusted.
           log: called with a sentence about something worth knowing; prints to stderr by default.
           tensorboard: whether to write TensorBoard events beside ``metrics.jsonl``.
           on_log: called with the step and the numbers of each record once it is in the file, to send them
@@ -299,7 +299,7 @@ class RunDirectory:
         except Exception as error:  # whatever a tracking server that is down makes of it
             self._on_log = None  # each further call may wait for a timeout
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            self._log(f"on_log failed at step {step} and is not called again, metrics.jsonl goes on: {said[:300]}")
+            self._log(f"on_log failed at step {step} and is not called again, metrics.jsonl continues: {said[:300]}")
 
     # --- results and figures
 
