@@ -1,18 +1,20 @@
 """Trains a deterministic generator x = g(z) of 64x64 images by minimising a spread divergence.
 
-Data and model are spread by the same noise, and the evidence lower bound on the spread likelihood is maximised: a
-delta-VAE. The noise may be learned, to discriminate, and the peers are one flag away.
+Data and model are spread by the same noise. `demo` and `small` compare them at many scales of noise, by a critic;
+`published` is the paper's delta-VAE, which maximises the evidence lower bound on the spread likelihood. The noise of
+that may be learned, to discriminate. Every other way is one flag away.
 
   python -m experiments.celeba --preset demo                      synthetic faces, needs no download
   python -m experiments.celeba --preset small --data PATH         CelebA (or any folder or zip of images)
   python -m experiments.celeba --preset published --data PATH     the paper's networks and settings
   python -m experiments.celeba --image-size 32 ...                16, 32, 64, 128 or 256 pixels
+  python -m experiments.celeba --objective spread_elbo ...        or elbo, importance, wae_mmd, spread_gan,
+                                                                  density_ratio, density_ratio_vae, score_difference
   python -m experiments.celeba --noise low_rank ...               gaussian, laplace, low_rank, transformed
-  python -m experiments.celeba --objective density_ratio ...      spread_elbo, elbo, importance, wae_mmd, spread_gan
 
 --help shows the settings of the objective and the noise that are named beside it. The same command again resumes an
-interrupted run, or says that it is finished. `demo` takes about 3 minutes on 2 cores and ends with a held-out ELBO of
--797 nats (seed 0), `small` 18 minutes (docs/results/faces.md).
+interrupted run, or says that it is finished. `demo` takes about 4 minutes on 2 cores, `small` about 20
+(docs/results/faces.md).
 """
 
 from __future__ import annotations

@@ -1,13 +1,15 @@
 """Trains a deterministic generator x = g(z) of images by minimising a spread divergence.
 
-Data and model are spread by the same noise, and the evidence lower bound on the spread likelihood is maximised: a
-delta-VAE. The noise may be learned, to discriminate, and the peers are one flag away.
+Data and model are spread by the same noise. `demo` and `small` compare them at many scales of noise, by a critic;
+`published` is the paper's delta-VAE, which maximises the evidence lower bound on the spread likelihood. The noise of
+that may be learned, to discriminate. Every other way is one flag away.
 
   spread-jax train --data FOLDER                                  a folder or zip of your own images
   spread-jax train --preset demo                                  synthetic faces, needs no download
   spread-jax train --data FOLDER --image-size 32 --steps 1000     smaller images, fewer steps
   spread-jax train --noise low_rank ...                           gaussian, laplace, low_rank, transformed
-  spread-jax train --objective density_ratio ...                  spread_elbo, elbo, importance, wae_mmd, spread_gan
+  spread-jax train --objective spread_elbo ...                    or elbo, importance, wae_mmd, spread_gan,
+                                                                  density_ratio, density_ratio_vae, score_difference
 
 --help shows the settings of the objective and the noise that are named beside it. The same command again resumes an
 interrupted run, or says that it is finished.

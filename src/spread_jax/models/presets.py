@@ -21,7 +21,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "objective": "density_ratio_vae",
         "mirrored": True,
         "lowest_noise_scale": 0.03,
-        "mixture_samples": True,
         "data": "celeb_a",
         "steps": 5000,
         "latent_dim": 64,
