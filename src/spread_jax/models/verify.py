@@ -56,7 +56,9 @@ def log_ratios(run: Trained, images: np.ndarray, *, seed: int = 0, draws: int = 
 
 
 def best_of(run: Trained, num: int, *, candidates: int = 4, seed: int = 0) -> np.ndarray:
-    """Of every few samples that which the critic finds likest to data.
+    r"""Of every few samples that which the critic finds likest to data.
+
+      x_i = g(z_ij) with the largest v(g(z_ij)) among j = 1 .. candidates,   z_ij ~ N(0, I).
 
     Args:
       run: as `log_ratios` takes it.
