@@ -17,8 +17,10 @@ __all__ = ["best_of", "log_ratios", "rejection_sample"]
 def log_ratios(run: Trained, images: np.ndarray, *, seed: int = 0, draws: int = 8) -> np.ndarray:
     r"""How much likelier as data than as samples the critic finds images: the mean of v(x + sigma eps, sigma) over w.
 
-    v is log p~_sigma(y) - log q~_sigma(y) where the critic is right. Each image is seen at `draws` scales, the same
-    quantiles of the law for all of them, with the same noise: what differs is the images.
+      v(y, sigma) = log p~_sigma(y) - log q~_sigma(y)   where the critic is right.
+
+    Each image is seen at `draws` scales, the same quantiles of the law for all of them, with the same noise: what
+    differs is the images.
 
     Args:
       run: what `fit` or `open_run` returned for `DensityRatio` or `DensityRatioVae`, or a run's folder.
@@ -81,7 +83,9 @@ def best_of(run: Trained, num: int, *, candidates: int = 4, seed: int = 0) -> np
 
 
 def rejection_sample(run: Trained, num: int, *, rate: float = 0.5, seed: int = 0) -> np.ndarray:
-    r"""Samples accepted with probability min(1, e^(v - c)), v being what `log_ratios` says and c set by the rate.
+    r"""Samples accepted with a probability that grows with what `log_ratios` says of them.
+
+      P(accept x) = min(1, exp(v(x) - c)),   c such that the mean over samples is the rate.
 
     With the exact ratio and c at its maximum this would draw from the data's distribution; a higher rate cuts off less.
 
