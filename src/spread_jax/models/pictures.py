@@ -60,7 +60,9 @@ def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latent
 
 
 def draw_fitted(run: Trained, folder: RunDirectory, latents: np.ndarray) -> None:
-    """A second grid of samples, of latents from a density fitted to the aggregate posterior.
+    """A second grid of samples x = g(z), of latents from a density fitted to the aggregate posterior.
+
+      z ~ q(z) = mean over images of q(z|y).
 
     Args:
       run: the generator.
