@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = 
         if all(steps_of(name) >= settings.steps for name in methods):
             if not (folder.path / "report.html").exists():  # a crash has cost it
                 write_report(folder.path, real_images=typed.run.report_real_images)
-            say(f"{workdir} is finished ({', '.join(methods)}); raise --steps to go on.")
+            say(f"{workdir} is finished ({', '.join(methods)}); raise --steps to continue.")
             launch.print_result(folder.results)
             return 0
         runs = {

@@ -31,6 +31,7 @@ FLAGS = {
     "sample_every": 100_000,
     "save_every": 100_000,
     "noise_decay_every": 10,
+    "objective": "spread_elbo",
     "final_learning_rate_fraction": 1.0,
     "learning_rate": 1e-4,
     "warmup_steps": 0,

@@ -134,7 +134,7 @@ def test_interrupted_in_the_middle_of_the_noises_turn_it_ends_as_if_unbroken(unb
     (tmp_path / "hooks.py").write_text(HOOKS)
     with pytest.raises(TrainingInterrupted, match="after step 4"):
         run(workdir, **settings, on_log=f"{tmp_path}/hooks.py:stop")
-    assert "repeat the command to go on" in capsys.readouterr().err
+    assert "repeat the command to continue" in capsys.readouterr().err
     assert not (workdir / "results.json").exists()
     assert run(workdir, **settings, on_log=f"{tmp_path}/hooks.py:log") == 0
     sent = [json.loads(line) for line in (tmp_path / "sent.jsonl").read_text().splitlines()]

@@ -449,7 +449,7 @@ def source_of(source: str | Source | Callable[[jax.Array], jax.Array]) -> Source
 
 def _is_zero(scale):
     """Whether this is known to be no noise: a traced number may be some."""
-    return is_concrete(scale) and not np.any(scale)
+    return is_concrete(scale) and not np.asarray(scale).any()  # of NumPy, also where a trace is open
 
 
 def _check_noise(noise_scale, observation_scale):

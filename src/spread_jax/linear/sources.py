@@ -174,7 +174,7 @@ class StudentTSource(_Source):
     df: float | jax.Array = 5.0
 
     def __post_init__(self):
-        if is_concrete(self.df) and not 2 < self.df < math.inf:
+        if is_concrete(self.df) and not 2 < float(self.df) < math.inf:
             raise ValueError(f"df must be finite and above 2, so that the variance exists, got {self.df}.")
 
     def log_prob(self, z: jax.Array) -> jax.Array:
@@ -222,10 +222,10 @@ class BernoulliGaussSource(_Source):
     spike_scale: float | jax.Array = 0.05
 
     def __post_init__(self):
-        if is_concrete(self.probability) and not 0 < self.probability < 1:
+        if is_concrete(self.probability) and not 0 < float(self.probability) < 1:
             raise ValueError(f"probability must lie between 0 and 1, got {self.probability}.")
         check_positive("spike_scale", self.spike_scale)
-        if is_concrete(self.spike_scale) and self.spike_scale >= 1:
+        if is_concrete(self.spike_scale) and float(self.spike_scale) >= 1:
             raise ValueError(f"spike_scale must be below 1, the scale of the source, got {self.spike_scale}.")
 
     def _parts(self, z, scale):
