@@ -306,6 +306,8 @@ BAD = {
     "no critic step": (SpreadGan, {"critic_steps": 0}, "critic_steps must be at least 1, got 0"),
     "a negative weight": (WaeMmd, {"mmd_weight": -1.0}, "mmd_weight must be at least 0"),
     "no share": (DeltaVae, {"noise_scale_from_data": 0.0}, "noise_scale_from_data must be positive"),
+    "no mean": (DensityRatio, {"data_mean": float("nan")}, "data_mean must be finite, got nan"),
+    "no scale": (DensityRatio, {"data_scale": 0.0}, "data_scale must be positive and finite, got 0.0"),
     "no range": (DensityRatio, {"highest_noise_scale": 0.01}, "highest_noise_scale must be above lowest_noise_scale"),
     "no critic": (SpreadGan, {"critic_width": 0}, "critic_width must be at least 1"),
     "rising noise": (DeltaVae, {"final_noise_scale": 0.9}, "final_noise_scale must be positive and at most"),

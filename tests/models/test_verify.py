@@ -88,11 +88,21 @@ def test_the_cut_has_the_rate():
         np.testing.assert_allclose(np.minimum(1, np.exp(told - _cut(told, rate))).mean(), rate, rtol=1e-6)
 
 
+def test_a_critic_without_numbers_ends_in_a_sentence(run):
+    broken = dataclasses.replace(run.state, params={**run.state.params, "critic": {"slope": jnp.nan}})
+    with pytest.raises(ValueError, match="critic that gives no finite number at step 0"):
+        rejection_sample(Trained(run.method, broken), 3)
+
+
 def test_what_cannot_judge_is_refused(run):
     other = DeltaVae(image_shape=(16, 16, 1), latent_dim=2, width=2)
     with pytest.raises(ValueError, match="run must have a critic of log-ratios, as density_ratio has, got delta-VAE"):
         log_ratios(Trained(other, None), np.zeros((1, 16, 16, 1)))
     for call, message in (
+        (
+            lambda: log_ratios(run, np.zeros((1, 2, 1, 1))),
+            r"images must have shape \(n, \*\(1, 1, 1\)\), got \(1, 2, 1, 1\)",
+        ),
         (lambda: log_ratios(run, np.zeros((1, *IMAGE)), draws=0), "draws must be at least 1, got 0"),
         (lambda: best_of(run, 1, candidates=0), "candidates must be at least 1, got 0"),
         (lambda: rejection_sample(run, 1, rate=0), r"rate must be in \(0, 1\], got 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -28,6 +29,8 @@ class ToldScale(Method):
         super().validate()
         if self.data_scale is not None:
             self.require_positive("data_scale")
+        if self.data_mean is not None and not math.isfinite(self.data_mean):
+            raise SettingError("data_mean", f"must be finite, got {self.data_mean}.")
 
     def with_data(self, images: np.ndarray) -> Method:
         """With mean and scale of the first 5,000 images, where they are not given."""

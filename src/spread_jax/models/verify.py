@@ -32,7 +32,7 @@ def log_ratios(run: Trained, images: np.ndarray, *, seed: int = 0, draws: int = 
       float32 [n], in nats.
 
     Raises:
-      ValueError: the method has no critic of log-ratios, or draws is below 1.
+      ValueError: the method has no critic of log-ratios, images of another shape, or draws is below 1.
 
     Source: Azadi et al., Discriminator Rejection Sampling, ICLR 2019, section 3.
     """
@@ -43,6 +43,8 @@ def log_ratios(run: Trained, images: np.ndarray, *, seed: int = 0, draws: int = 
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}.")
     images = np.asarray(images)
+    if images.ndim != 4 or images.shape[1:] != tuple(method.image_shape):
+        raise ValueError(f"images must have shape (n, *{method.image_shape}), got {images.shape}.")
     images = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
     low, high = np.log(method.lowest_noise_scale), np.log(method.highest_noise_scale)
     scales = np.exp(low + (high - low) * (np.arange(draws) + 0.5) / draws).astype(np.float32)
@@ -99,7 +101,7 @@ def rejection_sample(run: Trained, num: int, *, rate: float = 0.5, seed: int = 0
       float32 [num, height, width, channels] in [0, 1].
 
     Raises:
-      ValueError: as `log_ratios`, or `rate` is out of range.
+      ValueError: as `log_ratios`, `rate` is out of range, or the critic's numbers are not finite.
 
     Source: Azadi et al., Discriminator Rejection Sampling, ICLR 2019, algorithm 1.
     """
@@ -110,6 +112,10 @@ def rejection_sample(run: Trained, num: int, *, rate: float = 0.5, seed: int = 0
     while True:
         images = sample(run, drawn, seed=seed)  # the first are those of the round before
         told = log_ratios(run, images, seed=seed).astype(np.float64)
+        if not np.isfinite(told).all():
+            raise ValueError(
+                f"run has a critic that gives no finite number at step {int(run.state.step)}: use another."
+            )
         cut = _cut(told, rate) if cut is None else cut
         accepted = np.random.default_rng(seed).random(drawn) < np.exp(told - cut)
         if accepted.sum() >= num:
