@@ -62,7 +62,7 @@ from spread_jax.models import (
 )
 from spread_jax.training import RunDirectory, RunDirectoryError
 
-GAME = {"final_learning_rate_fraction": 1.0, "warmup_steps": 0}
+GAME = {"final_learning_rate_fraction": 0.05, "decay_start": 0.5, "warmup_steps": 0, "ema_decay": 0.998}
 # What is trained for each row that is not derived from another's run.
 TRAINED: dict[str, Callable[[flags.Parsed], Method]] = {
     "vae": lambda typed: typed.build("elbo", learned_scale=False),
@@ -71,7 +71,7 @@ TRAINED: dict[str, Callable[[flags.Parsed], Method]] = {
     "low_rank": lambda typed: typed.build("spread_elbo", "low_rank"),
     "transformed": lambda typed: typed.build("spread_elbo", "transformed"),
     "wae_mmd": lambda typed: typed.build("wae_mmd"),
-    # Games at a steady pace. One scale of noise has to become small, for what is finer than it stays in the samples.
+    # Games settle late, and wander before. One scale of noise has to become small, for what is finer than it stays in the samples.
     "spread_gan": lambda typed: typed.build("spread_gan", final_noise_scale=0.05, **GAME),
     "density_ratio": lambda typed: typed.build("density_ratio", **GAME),
     "density_ratio_vae": lambda typed: typed.build("density_ratio_vae", noise_scale=0.25, **GAME),

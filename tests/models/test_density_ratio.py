@@ -80,6 +80,9 @@ def test_scale_and_mean_of_the_data_reach_the_networks():
         module = method.modules[part]
         assert (module.data_mean, module.data_scale) == (method.data_mean, method.data_scale) == (0.4, 0.2)
         assert kind(image_shape=IMAGE, data_mean=0.5, data_scale=0.1).with_data(x).data_scale == 0.1
+    x[..., ::2, ::2, :] += 51  # 0.2: each of three differences is 0.1 in every block
+    critic = DensityRatio(image_shape=IMAGE, networks={"generator": NETWORKS["generator"]}).with_data(x)
+    assert critic.modules["critic"].detail_scale == critic.detail_scale == 0.1
 
 
 def test_scores_of_exact_denoisers_move_samples_as_the_exact_log_ratio_does():

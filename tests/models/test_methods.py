@@ -308,6 +308,8 @@ BAD = {
     "no share": (DeltaVae, {"noise_scale_from_data": 0.0}, "noise_scale_from_data must be positive"),
     "no mean": (DensityRatio, {"data_mean": float("nan")}, "data_mean must be finite, got nan"),
     "no scale": (DensityRatio, {"data_scale": 0.0}, "data_scale must be positive and finite, got 0.0"),
+    "no details": (DensityRatio, {"detail_scale": -0.1}, "detail_scale must be positive and finite, got -0.1"),
+    "no start of the decay": (DensityRatio, {"decay_start": 1.0}, r"decay_start must be in \[0, 1\), got 1.0"),
     "no range": (DensityRatio, {"highest_noise_scale": 0.01}, "highest_noise_scale must be above lowest_noise_scale"),
     "no critic": (SpreadGan, {"critic_width": 0}, "critic_width must be at least 1"),
     "rising noise": (DeltaVae, {"final_noise_scale": 0.9}, "final_noise_scale must be positive and at most"),

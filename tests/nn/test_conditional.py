@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spread_jax.nn import Denoiser, ScaleCritic
+from spread_jax.nn.conditional import haar_parts
 
 RNG = np.random.default_rng(0)
 NETWORKS = {"critic": ScaleCritic(width=4), "denoiser": Denoiser(width=4)}
@@ -57,7 +58,8 @@ def test_any_size(shape, critic, denoiser):
     v, variables = jax.eval_shape(ScaleCritic(width=2).init_with_output, key, y, 0.5)
     assert v.shape == (2,)
     kernels = {name: layer["kernel"].shape for name, layer in variables["params"].items() if "Conv" in name}
-    assert kernels == {f"Conv_{i}": (5, 5, *pair) for i, pair in enumerate(itertools.pairwise(critic))}
+    halving = {f"Conv_{i}": (5, 5, *pair) for i, pair in enumerate(itertools.pairwise(critic)) if i}
+    assert kernels == {"Conv_0": (3, 3, 4 * critic[0], critic[1])} | halving
     x, variables = jax.eval_shape(Denoiser(width=2).init_with_output, key, y, 0.5)
     assert x.shape == y.shape
     assert set(variables) == {"params"}
@@ -103,14 +105,19 @@ def without_sigma(variables):
 
 
 def test_every_scale_looks_alike_to_the_layers():
-    """With scales and shifts at rest, only (y - m) / sqrt(s^2 + sigma^2) counts: F and v are the same at two scales."""
+    """With scales and shifts at rest, only y - m over its scale counts: v and F are the same at two scales."""
     larger = 2 * SIGMA
-    ratio = column(np.sqrt((0.0625 + np.square(larger)) / (0.0625 + np.square(SIGMA))))
+    blocks = np.asarray(Y, np.float64).reshape(3, 6, 2, 8, 2, 2).transpose(0, 1, 3, 5, 2, 4) - 0.5  # their 2x2 last
+    coarse = np.broadcast_to(blocks.mean(axis=(4, 5), keepdims=True), blocks.shape)
+    growth = lambda scale: column(
+        np.sqrt((scale**2 + np.square(larger, dtype=float)) / (scale**2 + np.square(SIGMA, dtype=float)))
+    )[..., None, None]
+    grown = 0.5 + growth(0.5) * coarse + growth(0.05) * (blocks - coarse)  # twice the data's scale; that of details
+    grown = jnp.asarray(grown.transpose(0, 1, 4, 2, 5, 3).reshape(Y.shape), jnp.float32)
     plain = without_sigma(variables_of("critic")[1])
-    np.testing.assert_allclose(
-        apply("critic", plain, 0.5 + (Y - 0.5) * ratio, larger), apply("critic", plain), rtol=1e-3
-    )
+    np.testing.assert_allclose(apply("critic", plain, grown, larger), apply("critic", plain), rtol=1e-3)
 
+    ratio = growth(0.25)[..., 0, 0]
     plain = without_sigma(variables_of("denoiser")[1])
 
     def correction(y, sigma):
@@ -136,6 +143,22 @@ def test_details_pass_by_the_deeper_layers():
     seen = apply("denoiser", {"params": silent})
     other = apply("denoiser", {"params": {**silent, "Conv_0": {"kernel": -silent["Conv_0"]["kernel"]}}})
     assert np.abs(seen - other).max() > 0.05
+
+
+def test_parts_of_blocks():
+    """An orthogonal transform, each part of which is one pattern; an odd side counts its last row or column twice."""
+    patterns = np.array([[[1, 1], [1, 1]], [[1, -1], [1, -1]], [[1, 1], [-1, -1]], [[1, -1], [-1, 1]]]) / 2
+    coarse, fine = haar_parts(jnp.tile(jnp.asarray(patterns, jnp.float32), (1, 3, 2))[..., None])
+    assert (coarse.shape, fine.shape) == ((4, 3, 2, 1), (4, 3, 2, 3))
+    np.testing.assert_array_equal(jnp.concatenate([coarse, fine], axis=-1)[:, 1, 1], np.eye(4))
+    parts = haar_parts(Y)
+    np.testing.assert_allclose(sum(jnp.square(part).sum() for part in parts), jnp.square(Y).sum(), rtol=1e-6)
+    np.testing.assert_array_equal(fine[:, 0, 0], fine[:, 2, 1])
+    doubled = jnp.concatenate([Y, Y[:, -1:]], axis=1)[:, :, :-1]  # 13 rows and 15 columns
+    expected = haar_parts(jnp.concatenate([doubled, doubled[:, :, -1:]], axis=2)[:, 1:])
+    for found, part in zip(haar_parts(doubled[:, 1:]), expected, strict=True):
+        np.testing.assert_array_equal(found, part)
+    np.testing.assert_array_equal(haar_parts(doubled[:, 10:])[0][:, 1], haar_parts(doubled[:, [12, 12]])[0][:, 0])
 
 
 @pytest.mark.parametrize("name", NETWORKS)

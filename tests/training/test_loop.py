@@ -147,6 +147,12 @@ def test_learning_rate_schedule():
         expected = 0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * (step - 10) / 100))
         assert float(schedule(step)) == pytest.approx(expected, rel=1e-5)
     assert float(learning_rate_schedule(0.3, num_steps=5)(4)) == pytest.approx(0.3)
+    late = learning_rate_schedule(1.0, num_steps=100, warmup=10, final_fraction=0.2, decay_start=0.6)
+    assert [float(late(step)) for step in (5, 10, 59, 60)] == [0.5, 1.0, 1.0, 1.0]
+    assert float(late(80)) == pytest.approx(0.6, rel=1e-5)
+    assert float(late(100)) == pytest.approx(0.2, rel=1e-5)
+    with pytest.raises(ValueError, match=r"decay_start must be in \[0, 1\), got 1.0"):
+        learning_rate_schedule(1.0, num_steps=10, decay_start=1.0)
     with pytest.raises(ValueError, match=r"warmup must be in \[0, num_steps\)"):
         learning_rate_schedule(1.0, num_steps=10, warmup=10)
     with pytest.raises(ValueError, match="final_fraction must be in"):

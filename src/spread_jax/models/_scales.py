@@ -12,42 +12,46 @@ import numpy as np
 import optax
 
 from spread_jax.models.method import Method, SettingError, to_unit
+from spread_jax.nn.conditional import haar_parts
 from spread_jax.noise import LogUniformScales
 
 
 @dataclasses.dataclass(frozen=True)
 class ToldScale(Method):
-    """A method with networks that are told the scale of the noise, and see (y - mean) / sqrt(scale^2 + sigma^2)."""
+    """A method with networks that are told the scale of the noise, and what scale the data have."""
 
     data_mean: float | None = None
     """Mean of the images' pixels, which are in [0, 1]; of the training images if not given."""
     data_scale: float | None = None
     """Standard deviation of the images' pixels; of the training images if not given."""
+    detail_scale: float | None = None
+    """Root mean square of the differences within blocks of 2x2 pixels; of the training images if not given."""
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()
-        if self.data_scale is not None:
-            self.require_positive("data_scale")
+        for name in ("data_scale", "detail_scale"):
+            if getattr(self, name) is not None:
+                self.require_positive(name)
         if self.data_mean is not None and not math.isfinite(self.data_mean):
             raise SettingError("data_mean", f"must be finite, got {self.data_mean}.")
 
     def with_data(self, images: np.ndarray) -> Method:
-        """With mean and scale of the first 5,000 images, where they are not given."""
-        method = super().with_data(images)
+        """With the scales of the first 5,000 images, where they are not given."""
         unit = np.asarray(images[:5000]) / 255.0
-        mean = round(float(unit.mean()), 6) if self.data_mean is None else self.data_mean
-        scale = round(max(float(unit.std()), 1e-3), 6) if self.data_scale is None else self.data_scale
-        return dataclasses.replace(method, data_mean=mean, data_scale=scale)
+        found = {
+            "data_mean": float(unit.mean()),
+            "data_scale": max(float(unit.std()), 1e-3),
+            "detail_scale": max(math.sqrt(np.square(haar_parts(unit)[1]).mean()), 1e-3),
+        }
+        missing = {name: round(value, 6) for name, value in found.items() if getattr(self, name) is None}
+        return dataclasses.replace(super().with_data(images), **missing)
 
     def told_network(self, kind: Any, width: int) -> Any:
-        """A network that is told the scale of the noise, for data of this mean and scale."""
-        return kind(
-            width,
-            data_mean=0.5 if self.data_mean is None else self.data_mean,
-            data_scale=0.25 if self.data_scale is None else self.data_scale,
-            dtype=jnp.dtype(self.compute_dtype),
-        )
+        """A network that is told the scale of the noise, for data of this mean and these scales."""
+        known = {name: getattr(self, name) for name in ("data_mean", "data_scale", "detail_scale")}
+        known = {name: value for name, value in known.items() if value is not None and hasattr(kind, name)}
+        return kind(width, dtype=jnp.dtype(self.compute_dtype), **known)
 
     def example_inputs(self, part: str) -> tuple[jax.Array, ...]:
         """A batch of one, with a scale for a network that is told it."""
@@ -63,10 +67,12 @@ class ToldScale(Method):
 class ScalesMethod(ToldScale):
     """A generator whose samples are compared with data at scales of noise from a log-uniform law."""
 
-    ema_decay: float = 0.999
+    ema_decay: float = 0.998
     """Decay of the generator's moving average, which draws the samples."""
-    final_learning_rate_fraction: float = 1.0
+    final_learning_rate_fraction: float = 0.05
     """Cosine decay to this fraction of the learning rates; 1 for none."""
+    decay_start: float = 0.5
+    """Share of the steps before that decay; it lets the players settle, and a game settles on sharper samples."""
     warmup_steps: int = 0
     """Steps of linear warm-up of the generator's learning rate, at most half of all steps."""
     lowest_noise_scale: float = 0.05

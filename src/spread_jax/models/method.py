@@ -100,6 +100,8 @@ class Method:
     """Dtype of the convolutions; parameters, statistics and the bound stay float32."""
     final_learning_rate_fraction: float = 0.1
     """Cosine decay to this fraction of the learning rates; 1 for none."""
+    decay_start: float = 0.0
+    """Share of the steps before that decay."""
     warmup_steps: int = 50
     """Steps of linear warm-up of the model's learning rate, at most half of all steps."""
     ema_decay: float = 0.995
@@ -133,8 +135,9 @@ class Method:
             raise SettingError(
                 "final_learning_rate_fraction", f"must be in [0, 1], got {self.final_learning_rate_fraction}."
             )
-        if not 0 <= self.ema_decay < 1:
-            raise SettingError("ema_decay", f"must be in [0, 1), got {self.ema_decay}.")
+        for name in ("decay_start", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(name, f"must be in [0, 1), got {getattr(self, name)}.")
         unknown = [part for part in self.networks if part not in self.parts]
         if unknown:
             raise SettingError(
@@ -251,6 +254,7 @@ class Method:
             num_steps=num_steps,
             warmup=min(self.warmup_steps, num_steps // 2) if warmup else 0,
             final_fraction=self.final_learning_rate_fraction,
+            decay_start=self.decay_start,
         )
 
     def headline(self, metrics: Mapping[str, float]) -> str:

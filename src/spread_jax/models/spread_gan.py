@@ -55,8 +55,10 @@ class SpreadGan(ToldScale, SpreadMethod):
 
     gan_divergence: Literal["js", "kl"] = "js"
     """The divergence whose lower bound the critic maximises; the generator's loss is the non-saturating one."""
-    final_learning_rate_fraction: float = 1.0
+    final_learning_rate_fraction: float = 0.05
     """Cosine decay to this fraction of the learning rates; 1 for none."""
+    decay_start: float = 0.5
+    """Share of the steps before that decay."""
     warmup_steps: int = 0
     """Steps of linear warm-up of the generator's learning rate, at most half of all steps."""
     final_noise_scale: float = 0.05

@@ -40,18 +40,26 @@ class _Conditional(Network):
 
 
 class ScaleCritic(_Conditional):
-    """v(y, sigma), a critic that is told the scale of the noise: 5x5 stride-2 convolutions, then a dense layer.
+    """v(y, sigma), a critic that is told the scale of the noise: convolutions of coarse and fine parts, a dense layer.
 
-    (y - m) / sqrt(s^2 + sigma^2) goes in, m and s being mean and scale of the data: every scale of noise looks alike.
-    Convolutions halve it to 4x4 or less, with width, 2 width, 4 width and from there 8 width channels. Each is followed
-    by a normalisation over the example (a group norm of one group; not the first, as in `Critic`), a scale and a shift
-    that are functions of log sigma, and leaky ReLU 0.2. The last layer starts at 0, so v = 0: data and samples are
-    equally likely.
+    Of every block of 2x2 pixels [[a, b], [c, d]], less m, the Haar transform goes in, each part at a scale of its own:
+
+        coarse: (a + b + c + d) / 2 / sqrt(4 s^2 + sigma^2),
+        fine:   (a - b + c - d, a + b - c - d, a - b - c + d) / 2 / sqrt(t^2 + sigma^2),
+
+    m and s being mean and scale of the data, and t that of its fine parts. They are orthogonal, so noise is noise of
+    scale sigma in each; where it is small, details that are a tenth of an image's contrast are as large to the critic
+    as its outlines, and at every scale what goes in is of order one.
+    A 3x3 convolution takes them to width channels, and 5x5 stride-2 ones to 4x4 or less, with 2 width, 4 width and from
+    there 8 width channels. Each is followed by a normalisation over the example (a group norm of one group; not the
+    first, as in `Critic`), a scale and a shift that are functions of log sigma, and leaky ReLU 0.2. The last layer
+    starts at 0, so v = 0: data and samples are equally likely.
 
     Attributes:
       width: channels of the first convolution.
       data_scale: s, standard deviation of the data's pixels.
       data_mean: m, mean of the data's pixels.
+      detail_scale: t, root mean square of the fine parts.
       dtype: compute dtype of the convolutions.
       native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
 
@@ -71,6 +79,7 @@ class ScaleCritic(_Conditional):
     width: int = 64
     data_scale: float = 0.25
     data_mean: float = 0.5
+    detail_scale: float = 0.05
 
     def __post_init__(self):
         check_width(self.width)
@@ -79,12 +88,15 @@ class ScaleCritic(_Conditional):
     @nn.compact
     def __call__(self, y: jax.Array, sigma: jax.Array | float) -> jax.Array:
         sigma = _for_each(sigma, y)
-        total = self.data_scale**2 + sigma**2
-        h = (y.astype(sigma.dtype) - self.data_mean) / jnp.sqrt(total)[:, None, None, None]
-        block = 0
+        coarse, fine = haar_parts(y.astype(sigma.dtype) - self.data_mean)
+        below = lambda scale: jnp.sqrt(scale**2 + sigma**2)[:, None, None, None]
+        h = jnp.concatenate([coarse / below(2 * self.data_scale), fine / below(self.detail_scale)], axis=-1)
+        h = self.layer(Conv, self.width, kernel_size=(3, 3), use_bias=False)(h)
+        h = nn.leaky_relu(self._modulated(h, sigma, first=True), 0.2)
+        block = 1
         while max(h.shape[1:3]) > _END:
             h = self.layer(Conv, min(2**block, MOST) * self.width, stride=2, use_bias=False)(h)
-            h = nn.leaky_relu(self._modulated(h, sigma, first=block == 0), 0.2)
+            h = nn.leaky_relu(self._modulated(h, sigma), 0.2)
             block += 1
         return score_head(h)
 
@@ -167,6 +179,26 @@ def _for_each(sigma: jax.Array | float, y: jax.Array) -> jax.Array:
     if sigma.shape not in ((), (batch,), (batch, *(1,) * (y.ndim - 1))):
         raise ValueError(f"sigma must be a scalar or one number for each of the {batch} examples, got {sigma.shape}.")
     return jnp.broadcast_to(sigma.reshape(-1), (batch,))
+
+
+def haar_parts(x):
+    """Coarse [n, h/2, w/2, channels] and fine [n, h/2, w/2, 3 channels] parts of arrays [n, h, w, channels].
+
+    The Haar transform of blocks of 2x2, which is orthogonal. An odd side has its last row or column twice.
+    """
+    a, b = x[:, ::2], x[:, 1::2]
+    if x.shape[1] % 2:
+        b = jnp.concatenate([b, x[:, -1:]], axis=1)
+    (a, b), (c, d) = (_columns(rows) for rows in (a, b))
+    fine = [a - b + c - d, a + b - c - d, a - b - c + d]
+    return (a + b + c + d) / 2, jnp.concatenate(fine, axis=-1) / 2
+
+
+def _columns(rows):
+    left, right = rows[:, :, ::2], rows[:, :, 1::2]
+    if rows.shape[2] % 2:
+        right = jnp.concatenate([right, rows[:, :, -1:]], axis=2)
+    return left, right
 
 
 def _to_blocks(y: jax.Array) -> jax.Array:

@@ -55,15 +55,16 @@ def noise_scale_schedule(
 
 
 def learning_rate_schedule(
-    peak: float, *, num_steps: int, warmup: int = 0, final_fraction: float = 1.0
+    peak: float, *, num_steps: int, warmup: int = 0, final_fraction: float = 1.0, decay_start: float = 0.0
 ) -> optax.Schedule:
-    """Linear warm-up from zero, then a cosine to a fraction of the peak (1: constant).
+    """Linear warm-up from zero, the peak, then a cosine to a fraction of it (1: constant).
 
     Args:
       peak: learning rate after the warm-up.
       num_steps: steps of the whole run.
       warmup: steps of warm-up.
       final_fraction: learning rate at `num_steps` as a fraction of `peak`, in [0, 1].
+      decay_start: share of `num_steps`, in [0, 1), from which on the cosine falls; 0: from the end of the warm-up.
 
     Returns:
       An Optax schedule, step -> learning rate.
@@ -79,12 +80,16 @@ def learning_rate_schedule(
     check_positive("peak", peak)
     if not 0 <= final_fraction <= 1:
         raise ValueError(f"final_fraction must be in [0, 1], got {final_fraction}.")
+    if not 0 <= decay_start < 1:
+        raise ValueError(f"decay_start must be in [0, 1), got {decay_start}.")
     if not 0 <= warmup < max(num_steps, 1):
         raise ValueError(f"warmup must be in [0, num_steps), got {warmup} of {num_steps} steps.")
     if final_fraction == 1.0:
         after = optax.constant_schedule(peak)
     else:
-        after = optax.cosine_decay_schedule(peak, num_steps - warmup, alpha=final_fraction)
+        begin = max(warmup, int(decay_start * num_steps))
+        cosine = optax.cosine_decay_schedule(peak, num_steps - begin, alpha=final_fraction)
+        after = optax.join_schedules([optax.constant_schedule(peak), cosine], [begin - warmup])
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
