@@ -71,7 +71,7 @@ TRAINED: dict[str, Callable[[flags.Parsed], Method]] = {
     "low_rank": lambda typed: typed.build("spread_elbo", "low_rank"),
     "transformed": lambda typed: typed.build("spread_elbo", "transformed"),
     "wae_mmd": lambda typed: typed.build("wae_mmd"),
-    # Games settle late, and wander before. One scale of noise has to become small, for what is finer than it stays in the samples.
+    # Games settle late, and wander before. One scale of noise has to become small: what is finer stays in the samples.
     "spread_gan": lambda typed: typed.build("spread_gan", final_noise_scale=0.05, **GAME),
     "density_ratio": lambda typed: typed.build("density_ratio", **GAME),
     "density_ratio_vae": lambda typed: typed.build("density_ratio_vae", noise_scale=0.25, **GAME),
