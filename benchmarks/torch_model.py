@@ -147,7 +147,7 @@ class ScaleCritic(nn.Module):
         y, waves = y - 0.5, waves_of(sigma)
         # Rows and columns run backwards in the mirror image: a and d change places, b and c too.
         d, c, b, a = (y[:, :, row::2, column::2] for row in (0, 1) for column in (0, 1))
-        coarse = (a + b + c + d) / 2 / (0.5**2 + sigma**2).sqrt()[:, None, None, None]
+        coarse = (a + b + c + d) / (0.5**2 + sigma**2).sqrt()[:, None, None, None]
         fine = torch.cat([a - b + c - d, a + b - c - d, a - b - c + d], dim=1) / 2
         h = torch.cat([coarse, fine / (0.05**2 + sigma**2).sqrt()[:, None, None, None]], dim=1)
         for convolution, modulation in zip(self.convolutions, self.modulations, strict=True):

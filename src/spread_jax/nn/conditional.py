@@ -44,12 +44,13 @@ class ScaleCritic(_Conditional):
 
     Of every block of 2x2 pixels [[a, b], [c, d]], less m, the Haar transform goes in, each part at a scale of its own:
 
-        coarse: (a + b + c + d) / 2 / sqrt(4 s^2 + sigma^2),
+        coarse: 2 (a + b + c + d) / 2 / sqrt(4 s^2 + sigma^2),
         fine:   (a - b + c - d, a + b - c - d, a - b - c + d) / 2 / sqrt(t^2 + sigma^2),
 
     m and s being mean and scale of the data, and t that of its fine parts. They are orthogonal, so noise is noise of
-    scale sigma in each; where it is small, details that are a tenth of an image's contrast are as large to the critic
-    as its outlines, and at every scale what goes in is of order one.
+    scale sigma in each, and what goes in is of order one at every scale: where the noise is small, details that are a
+    tenth of an image's contrast are half as large to the critic as its outlines. With the coarse part at 1 in place of
+    2 samples of faces are sharper and further from the data; at one scale for all parts they are blurred.
     A 3x3 convolution takes them to width channels, and 5x5 stride-2 ones to 4x4 or less, with 2 width, 4 width and from
     there 8 width channels. Each is followed by a normalisation over the example (a group norm of one group; not the
     first, as in `Critic`), a scale and a shift that are functions of log sigma, and leaky ReLU 0.2. The last layer
@@ -90,7 +91,7 @@ class ScaleCritic(_Conditional):
         sigma = _for_each(sigma, y)
         coarse, fine = haar_parts(y.astype(sigma.dtype) - self.data_mean)
         below = lambda scale: jnp.sqrt(scale**2 + sigma**2)[:, None, None, None]
-        h = jnp.concatenate([coarse / below(2 * self.data_scale), fine / below(self.detail_scale)], axis=-1)
+        h = jnp.concatenate([2 * coarse / below(2 * self.data_scale), fine / below(self.detail_scale)], axis=-1)
         h = self.layer(Conv, self.width, kernel_size=(3, 3), use_bias=False)(h)
         h = nn.leaky_relu(self._modulated(h, sigma, first=True), 0.2)
         block = 1
