@@ -62,7 +62,7 @@ from spread_jax.models import (
 )
 from spread_jax.training import RunDirectory, RunDirectoryError
 
-GAME = {"final_learning_rate_fraction": 0.05, "decay_start": 0.5, "warmup_steps": 0, "ema_decay": 0.998}
+GAME = {"final_learning_rate_fraction": 0.05, "decay_start": 0.5, "warmup_steps": 0}
 # What is trained for each row that is not derived from another's run.
 TRAINED: dict[str, Callable[[flags.Parsed], Method]] = {
     "vae": lambda typed: typed.build("elbo", learned_scale=False),
@@ -121,12 +121,12 @@ class Comparison:
 
 # Settings as of `spread_jax.models.PRESETS`. Images have values in [0, 1]; noise scales are in those units.
 FACES: dict[str, Any] = {
-    "steps": 1000,
+    "steps": 2000,
     "width": 8,
     "importance_samples": 5,
     "mirrored": True,
-    "noise_decay_every": 70,
-    "ema_decay": 0.99,
+    "noise_decay_every": 140,
+    "ema_decay": 0.995,
     "sample_every": 100_000,
     "save_every": 200,
     "keep": 1,
@@ -142,6 +142,7 @@ PRESETS = {
         "channels": 1,
         "samples": 2000,
         "steps": 600,
+        "ema_decay": 0.99,
         "batch_size": 100,
         "latent_dim": 10,
         "width": 16,
