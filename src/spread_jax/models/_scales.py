@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -80,9 +79,6 @@ class ScalesMethod(ToldScale):
     """Smallest standard deviation of the noise, images being in [0, 1]; what is finer is seen by nothing."""
     highest_noise_scale: float = 1.0
     """Largest standard deviation of the noise, at which data and samples overlap from the start."""
-    annealed_from: float = 0.4
-    """Where the smallest scale starts, as a share of the largest: outlines come first, and details once it has fallen
-    to lowest_noise_scale, when the learning rates begin to decay; 0 for the same scales throughout."""
     generator_learning_rate: float = 3e-4
     """Adam's learning rate for the generator."""
     mirrored: bool = False
@@ -97,29 +93,10 @@ class ScalesMethod(ToldScale):
                 "highest_noise_scale",
                 f"must be above lowest_noise_scale, got {self.highest_noise_scale} and {self.lowest_noise_scale}.",
             )
-        if not 0 <= self.annealed_from < 1:
-            raise SettingError("annealed_from", f"must be in [0, 1), got {self.annealed_from}.")
 
     def law(self) -> LogUniformScales:
-        """w, the law of noise scales, once its lower end has fallen."""
+        """w, the law of noise scales."""
         return LogUniformScales(self.lowest_noise_scale, self.highest_noise_scale)
-
-    def laws(self, num_steps: int) -> Callable[[jax.Array | int], LogUniformScales]:
-        """The law at a step of all players, in a run of so many steps of the model.
-
-        log lowest(t) falls linearly from log(annealed_from highest) to log lowest_noise_scale at decay_start.
-        """
-        first = max(self.annealed_from * self.highest_noise_scale, self.lowest_noise_scale)
-        if self.decay_start == 0 or first == self.lowest_noise_scale:
-            return lambda step: self.law()
-
-        def at(step):
-            left = 1 - jnp.minimum(step / (self.decay_start * self.turns.total_steps(num_steps)), 1)
-            return LogUniformScales(
-                self.lowest_noise_scale * (first / self.lowest_noise_scale) ** left, self.highest_noise_scale
-            )
-
-        return at
 
     def shown(self, batch: jax.Array, key: jax.Array) -> jax.Array:
         """Images of a batch in [0, 1], each mirrored by chance if that was asked for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar, Literal
 
 import jax
@@ -83,32 +82,29 @@ class DensityRatio(ScalesMethod):
         """The generator and the critic."""
         model = self.game_adam(self.generator_learning_rate, num_steps, warmup=True)
         critic = self.game_adam(self.critic_learning_rate, num_steps * self.critic_steps)
-        model_loss, critic_loss = (
-            functools.partial(loss, laws=self.laws(num_steps)) for loss in (self._model_loss, self._critic_loss)
-        )
         return (
-            Player("model", ("generator",), model_loss, model),
-            Player("critic", ("critic",), critic_loss, critic, steps=self.critic_steps),
+            Player("model", ("generator",), self._generator_loss, model),
+            Player("critic", ("critic",), self._critic_loss, critic, steps=self.critic_steps),
         )
 
-    def _model_loss(self, params, variables, batch, *, key, step, laws):
+    def _generator_loss(self, params, variables, batch, *, key, step):
         latent_key, noise_key = jax.random.split(key)
         generated, new = self.generated(params, variables, len(batch), latent_key, train=True)
         loss = density_ratio_generator_loss(
             generated,
             self.network("critic", params, variables, train=False),
-            laws(step),
+            self.law(),
             key=noise_key,
             divergence=_DESCENTS[self.generator_loss],
         ).mean()
         return loss, LossOutput(parts_of(("generator",), (new,)), {})
 
-    def _critic_loss(self, params, variables, batch, *, key, step, laws):
+    def _critic_loss(self, params, variables, batch, *, key, step):
         mirror_key, latent_key, noise_key = jax.random.split(key, 3)
         x = self.shown(batch, mirror_key)
         generated, _ = self.generated(params, variables, len(x), latent_key, train=True)
         critic = self.network("critic", params, variables, train=False)
-        losses = density_ratio_losses(x, generated, critic, laws(step), key=noise_key)
+        losses = density_ratio_losses(x, generated, critic, self.law(), key=noise_key)
         metrics = {"divergence_bound": losses.divergence, "critic_accuracy": losses.accuracy}
         return losses.critic, LossOutput({}, metrics)
 

@@ -66,7 +66,7 @@ class DensityRatioVae(DensityRatio):
         moves = ("encoder", "generator")
         each = {"encoder": adam(self.schedule(self.encoder_learning_rate, num_steps)), "generator": model.optimizer}
         optimizer = optax.partition(each, {part: part for part in moves})
-        return model._replace(moves=moves, optimizer=optimizer), critic
+        return model._replace(moves=moves, loss=self._model_loss, optimizer=optimizer), critic
 
     def _noise(self) -> SpreadNoise:
         return GaussianNoise(self.noise_scale)
@@ -79,9 +79,9 @@ class DensityRatioVae(DensityRatio):
         """Standard deviation of that noise."""
         return jnp.asarray(self.noise_scale)
 
-    def _model_loss(self, params, variables, batch, *, key, step, laws):
+    def _model_loss(self, params, variables, batch, *, key, step):
         ratio_key, bound_key = jax.random.split(key)
-        ratio, output = super()._model_loss(params, variables, batch, key=ratio_key, step=step, laws=laws)
+        ratio, output = self._generator_loss(params, variables, batch, key=ratio_key, step=step)
         # The encoder's gradient is that of the bound whatever the weight is, the generator's is weighted.
         weighted = lambda p: self.bound_weight * p + (1 - self.bound_weight) * jax.lax.stop_gradient(p)
         generator = jax.tree.map(weighted, params["generator"])

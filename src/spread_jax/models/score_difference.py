@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import ClassVar
 
 import jax
@@ -83,47 +82,43 @@ class ScoreDifference(ScalesMethod):
         model = self.game_adam(self.generator_learning_rate, num_steps, warmup=True)
         denoisers = self.game_adam(self.denoiser_learning_rate, num_steps * self.denoiser_steps)
         moves = ("data_denoiser", "sample_denoiser")
-        of_model, of_denoisers = (
-            functools.partial(loss, laws=self.laws(num_steps)) for loss in (self._model_loss, self._denoising_loss)
-        )
         return (
-            Player("model", ("generator",), of_model, model),
-            Player("denoisers", moves, of_denoisers, denoisers, steps=self.denoiser_steps),
+            Player("model", ("generator",), self._generator_loss, model),
+            Player("denoisers", moves, self._denoising_loss, denoisers, steps=self.denoiser_steps),
         )
 
-    def _compared(self, params, variables, generated, key, law):
+    def _compared(self, params, variables, generated, key):
         return score_difference_loss(
             generated,
             self.network("data_denoiser", params, variables, train=False),
             self.network("sample_denoiser", params, variables, train=False),
-            law,
+            self.law(),
             key=key,
             weight=jnp.square,
         )
 
-    def _model_loss(self, params, variables, batch, *, key, step, laws):
+    def _generator_loss(self, params, variables, batch, *, key, step):
         latent_key, noise_key = jax.random.split(key)
         generated, new = self.generated(params, variables, len(batch), latent_key, train=True)
-        terms = self._compared(params, variables, generated, noise_key, laws(step))
+        terms = self._compared(params, variables, generated, noise_key)
         metrics = {"score_difference": terms.squared_difference.mean() / self.pixels}
         return terms.loss.mean(), LossOutput(parts_of(("generator",), (new,)), metrics)
 
-    def _denoising_errors(self, part, params, variables, x, key, law):
+    def _denoising_errors(self, part, params, variables, x, key):
         # The weight under which the network's own error has one size at all scales.
         scale = 0.25 if self.data_scale is None else self.data_scale
         weight = lambda sigma: (1 / scale**2 + 1 / jnp.square(sigma)) / self.pixels
         denoise = self.network(part, params, variables, train=False)
-        return denoising_loss(x, denoise, law, key=key, weight=weight)
+        return denoising_loss(x, denoise, self.law(), key=key, weight=weight)
 
-    def _denoising_loss(self, params, variables, batch, *, key, step, laws):
+    def _denoising_loss(self, params, variables, batch, *, key, step):
         mirror_key, latent_key, *keys = jax.random.split(key, 4)
         sides = {
             "data": self.shown(batch, mirror_key),
             "sample": self.generated(params, variables, len(batch), latent_key, train=True)[0],
         }
-        law = laws(step)
         errors = {
-            f"{side}_denoising_error": self._denoising_errors(f"{side}_denoiser", params, variables, x, key, law).mean()
+            f"{side}_denoising_error": self._denoising_errors(f"{side}_denoiser", params, variables, x, key).mean()
             for (side, x), key in zip(sides.items(), keys, strict=True)
         }
         return sum(errors.values()), LossOutput({}, errors)
@@ -132,6 +127,6 @@ class ScoreDifference(ScalesMethod):
         """How far the scores of data and samples differ, and the error of the data's denoiser."""
         latent_key, noise_key, data_key = jax.random.split(key, 3)
         generated, _ = self.generated(state.params, state.variables, len(x), latent_key, train=False)
-        terms = self._compared(state.params, state.variables, generated, noise_key, self.law())
-        errors = self._denoising_errors("data_denoiser", state.params, state.variables, x, data_key, self.law())
+        terms = self._compared(state.params, state.variables, generated, noise_key)
+        errors = self._denoising_errors("data_denoiser", state.params, state.variables, x, data_key)
         return {"score_difference": terms.squared_difference / self.pixels, "data_denoising_error": errors}
