@@ -62,8 +62,8 @@ def random_state(method):
     return jax.tree.map(fill, jax.eval_shape(lambda: method.initial_state(jax.random.key(0), 1)))
 
 
-def evaluate(root, *arguments):
-    """Runs the command as the user would, from a folder of the user's; (exit code, what it said)."""
+def evaluate(root, *arguments, place="home/work"):
+    """Runs the command as the user would, from a folder of the user's or another; (exit code, what it said)."""
     temporary = root / "tmp"
     temporary.mkdir(exist_ok=True)
     environment = {
@@ -78,7 +78,7 @@ def evaluate(root, *arguments):
     tracer = ["strace", "-f", "-qq", "-o", traced, "-e", "trace=%file"] if traced else []
     command = [*tracer, sys.executable, "-m", "spread_jax.cli", "evaluate", str(root / "downloads/run"), "--quiet"]
     done = subprocess.run(
-        [*command, *flags, *arguments], env=environment, cwd=root / "home/work", capture_output=True, text=True,
+        [*command, *flags, *arguments], env=environment, cwd=root / place, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
     assert "Traceback" not in done.stderr
@@ -132,10 +132,16 @@ def test_a_strangers_data(kind, stranger, chaos, tally):
     data.mkdir()
     for name in (f"{EVIL}.py", "sitecustomize.py", "conftest.py"):
         (data / name).write_text(f"open({str(home / 'it_ran')!r}, 'w').close()")
+    expected = ""
     if kind == "pictures":
         for number in range(24):
             pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
             image_module.fromarray(pixels).save(data / f"{number}.png")
+        options = {"image_size": SIDE, "max_examples": COUNT, "progress": lambda *_: None}
+        expected = open_dataset(data, "train", cache_dir=stranger / "clean", **options).fingerprint
+        image_module.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8)).save(home / "photograph.png")
+        for number in range(9):  # of which most would be in the training split
+            (data / f"more{number}.png").symlink_to(home / "photograph.png")
         (data / "secret.png").symlink_to(home / ".profile")
         (data / "home").symlink_to(home)
         (data / "around").symlink_to(data)
@@ -149,9 +155,12 @@ def test_a_strangers_data(kind, stranger, chaos, tally):
 
     def check():
         before = everything_in(home)
-        code, said = evaluate(stranger, "--data", str(data), "--cache-dir", str(stranger / "given"))
+        # From the folder above the data, whose modules Python would find.
+        options = ("--data", str(data), "--cache-dir", str(stranger / "given"))
+        code, said = evaluate(stranger, *options, place="downloads")
         assert everything_in(home) == before, said
         assert code == 1, said  # it is not what the run was trained on
+        assert expected in said, said  # which has the fingerprint of the pictures alone
         assert "of the user" not in said
 
     tally("evaluate on a stranger's data", check)
