@@ -253,6 +253,23 @@ def test_an_inverse_is_judged_by_its_tolerance(network):
         assert np.abs(f(variables, found.x) - y).max() <= tolerance
 
 
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_a_slow_iteration_goes_on_until_the_tolerance_is_met(tolerance):
+    """g(x) = c^3 x, of convolutions that copy positive pixels: an error falls by 0.73 only, and x = y / (1 + c^3)."""
+    module, shape = InvertibleResidual(features=1, coefficient=0.9), (2, 3, 3, 1)
+    copy = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    layers = {f"conv_{i}": {"kernel": copy, "bias": jnp.zeros(1)} for i in range(3)}
+    stats = {f"conv_{i}": {"u": jnp.full((1, *shape[1:]), 1 / 3)} for i in range(3)}
+    variables = {"params": {"block_0": layers}, "spectral_stats": {"block_0": stats}}
+    y = jnp.linspace(1.0, 3.0, 18).reshape(shape)
+    found = jax.jit(functools.partial(invert, module, tolerance=tolerance))(variables, y)
+    slope = 1 + 0.9**3
+    error = np.abs(slope * np.asarray(found.x, np.float64) - y).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(found.error, error, atol=2e-6)
+    assert found.converged.all()
+    assert 0.05 * tolerance < error.max() <= tolerance
+
+
 def test_gradients_of_the_inverse_are_those_of_finite_differences(x64):
     module = InvertibleResidual(features=2, blocks=2, coefficient=0.9)
     rng = np.random.default_rng(2)
