@@ -17,7 +17,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  Variables: CELEBA=path  DATA=path  PRESET=demo|small|published  RUN_DIR=runs/...  ARGS="--flag value"  PYTHON=python3\n'
 
-demo: $(VENV)/.train ## Train a deterministic generator on synthetic faces, with pictures, in about 3 minutes on 2 cores
+demo: $(VENV)/.train ## Train a deterministic generator on synthetic faces, with pictures, in about 4 minutes on 2 cores
 	$(RUN) -m experiments.celeba --preset demo $(ARGS)
 
 train-celeba: $(VENV)/.data ## Train on CelebA: CELEBA=folder or zip, PRESET=small|published, ARGS="--flag value"

@@ -16,12 +16,13 @@ from benchmarks._report import Table
 
 TITLE = "A train step split over devices and processes"
 NOTES = """\
-The CelebA model under jit: state and batches placed by `spread_jax.training.parallel`, statistics over the whole batch,
-the same examples and noise. Devices are parts of one CPU, processes talk over gloo: the times would say nothing about
-accelerators, so there are none. Differences are relative to one device: of the loss and of the gradient (as a vector)
-of the first step, and the largest one among the losses of the steps of SGD that follow. Sent are the sizes of what the
-compiled program of a device all-reduces in a step (gradients and batch statistics), and of its other collectives, which
-cut parameters need. `model` is the number of devices that share a copy of the parameters."""
+The CelebA model under jit, seed 0: `spread_jax.training.parallel` places state and batches, batch statistics are
+taken over the whole batch, and every row has the same examples and noise. Devices are parts of one CPU and processes
+talk over gloo, so times would say nothing about accelerators and are left out. Differences are relative to one
+device: in the loss and the gradient (as a vector) of the first step, and the largest one in the losses of the steps
+of SGD that follow. MiB is the size of what the compiled program of one device all-reduces in a step (gradients and
+batch statistics), and of its other collectives, which are needed where parameters are cut over devices. `model` is
+the number of devices that share a copy of the parameters."""
 _BYTES = {"f64": 8, "s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1, "pred": 1}
 _OTHERS = ("all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 _RATE = 1e-6  # of SGD, in nats for 64x64 images

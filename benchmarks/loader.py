@@ -14,11 +14,11 @@ from benchmarks._report import Table
 
 TITLE = "Batches of images against Grain and PyTorch's DataLoader"
 NOTES = """\
-Synthetic faces as JPEG files of 178x218 pixels, made 64x64; shuffled batches of uint8. "Files" decodes each image in
-every epoch, as the peers do; "array" reads the decoded images from memory, as the peers can be told to. This library
-decodes once into a memory-mapped array; "50 epochs" spreads that over 50 epochs, so it is the honest figure for a
-run. CPU time is that of the process, its threads and its child processes. A last column above 1 says how many times
-more images this library's loader serves for the same CPU time."""
+Synthetic faces (seed 0) as JPEG files of 178x218 pixels, resized to 64x64, in shuffled batches of uint8. "files"
+decodes each image in every epoch, as the peers do; "array" reads decoded images from memory, as the peers can be told
+to. This library decodes once into a memory-mapped array; "50 epochs" spreads that cost over 50 epochs, which is the
+honest figure for a run. CPU time is that of the process, its threads and its child processes. The last column says
+how many times as many images this library's loader serves for the same CPU time."""
 EPOCHS = 50
 
 

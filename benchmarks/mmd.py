@@ -11,10 +11,10 @@ from benchmarks._report import Table
 
 TITLE = "mmd_squared, unbiased, Gaussian kernel"
 NOTES = """\
-N samples on each side in 64 dimensions, value and gradient to x, float32; calls interleaved in one process, medians;
-a ratio above 1 says that mmd_squared is faster. "differences" forms every x_i - x_j, "matrix product" is |x|^2 +
-|y|^2 - 2 <x, y>; both keep whole kernel matrices. Memory is what the compiled program allocates beside its inputs.
-The error is that of the value, relative to a sum in double precision."""
+N samples on each side in 64 dimensions (seed N), value and gradient to x, float32. Calls of the sides alternate in
+one process; times are medians, and a ratio above 1 means that mmd_squared is faster. "differences" forms every x_i -
+x_j; "matrix product" is |x|^2 + |y|^2 - 2 <x, y>; both keep whole kernel matrices in memory. MiB is what the compiled
+program allocates besides its inputs. The error is that of the value, relative to a sum in double precision."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,13 +28,14 @@ from benchmarks._report import Table
 
 TITLE = "The train step as compiled for an H200 and a TPU v5e"
 NOTES = """\
-Compiled without these devices and not run. "native" are XLA's own convolutions and gradients, "custom" this library's;
-MiB are allocated beside the state and the batch.
+Compiled for devices that need not be there, and not run. "native" means XLA's own convolutions and gradients,
+"custom" this library's; MiB is what a step allocates besides the state and the batch.
 
-H200: forward, input and kernel gradient are calls of cuDNN's three routines. TFLOP are those of cuDNN's and cuBLAS'
-calls as they stand, zeros included; "/ needed" is their ratio to three forward passes. GB is what all operations read
-and write, each from memory. least ms adds up the longer of both for every operation, at the data sheet's 4.8 TB/s and
-989 (bfloat16), 495 (tf32) or 67 (float32) TFLOP/s: no run is as fast, it is there to compare programs by.
+H200: forward, input gradient and kernel gradient count the calls of cuDNN's three routines. TFLOP are those of the
+calls of cuDNN and cuBLAS as they stand, zeros included; "/ needed" is their ratio to three forward passes. GB is what
+all operations read and write, each from memory. "least ms" adds up, over operations, the longer of the two times that
+this takes at the data sheet's 4.8 TB/s and 989 (bfloat16), 495 (tf32) or 67 (float32) TFLOP/s. No run is that fast:
+the number serves to compare programs.
 
 TPU v5e: million cycles and GB are the compiler's own estimates."""
 BYTES_PER_SECOND = 4.8e12

@@ -17,8 +17,9 @@ from benchmarks._report import Table
 
 TITLE = "Start-up time"
 NOTES = """\
-Import: whole processes in turn, `import jax, jax.numpy` with and without `spread_jax`. Demo: from the command to the
-line of its first step, with a new cache of images and compiled programs and with the one that this left."""
+Import: whole processes in turn, `import jax, jax.numpy` with and without `spread_jax`. Demo (seed 0): from the
+command to the line of its first step, with an empty cache of images and compiled programs, and with the cache that
+this left."""
 
 
 @dataclasses.dataclass(frozen=True)

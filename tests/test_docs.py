@@ -227,6 +227,18 @@ def test_the_site_builds_without_a_warning_and_holds_every_public_name(tmp_path,
             assert place in page or f"{space}.{name}" in spaces, f"{space}.{name}"
 
 
+def test_every_function_of_the_theory_stands_on_the_mathematics_page():
+    """From there the API reference takes its links: see docs/hooks/docstrings.py."""
+    page = (DOCS / "mathematics.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:\w+\.)*(\w+)(?:\([^`]*\))?`", page))
+    for space in ("noise", "divergences", "objectives"):
+        module = importlib.import_module(f"spread_jax.{space}")
+        public = {name: getattr(module, name) for name in module.__all__}
+        theory = {name for name, value in public.items() if inspect.isfunction(value) or hasattr(value, "log_prob")}
+        plumbing = {"SpreadNoise", "ScaleLaw", "check_noise_range", "example_keys"}
+        assert theory - named <= plumbing, space
+
+
 def test_the_gallery_holds_every_picture_with_its_command(reference):
     figures = reference.figures()
     files = [figure["file"] for figure in figures]

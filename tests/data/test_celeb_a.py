@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from spread_jax.data import DatasetError, celeb_a_download, open_dataset, prepare_celeb_a
-from spread_jax.data.celeb_a import read_partition
+from spread_jax.data.celeb_a import read_partition, refuse_to_guess
 
 Image = pytest.importorskip("PIL.Image")
 COUNTS = {"train": 5, "validation": 3, "test": 2}
@@ -363,3 +363,12 @@ def test_importing_the_data_layer_is_light():
     )
     result = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True)
     assert result.returncode == 0, result.stderr.decode()
+
+
+@pytest.mark.parametrize("folder", ["celeba/pictures", "pictures/CelebA"])
+def test_numbered_files_in_or_below_a_folder_of_that_name_are_not_split_by_hash(folder, tmp_path):
+    names = ["000001.jpg", "000002.jpg", "readme.jpg"]
+    with pytest.raises(DatasetError, match="looks like CelebA without its official split"):
+        refuse_to_guess(tmp_path / folder, names)
+    refuse_to_guess(tmp_path / folder, ["000001.jpg", "beach.jpg"])
+    refuse_to_guess(tmp_path / "celeba/of/mine", names)

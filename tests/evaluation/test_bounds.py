@@ -72,6 +72,25 @@ def test_a_curved_model_against_quadrature(x64, key):
     assert (found.standard_error < 0.2).all()
 
 
+def test_where_a_decoder_is_no_number_there_is_no_mass(key):
+    """x = z, and no number above a point that chains come to from below: p~ of what is left, in closed form."""
+    end, y = 4.9, jnp.asarray([[6.0], [5.0], [-1.0]])
+    scale = 0.5
+    found = jax.jit(
+        lambda y: annealed_importance_sampling(
+            y, lambda z: jnp.where(z > end, jnp.nan, z), GaussianNoise(scale), 1, num_steps=100, num_chains=400,
+            key=key, num_leapfrog_steps=5,
+        )
+    )(y)  # fmt: skip
+    variance = scale**2 / (1 + scale**2)
+    posterior = scipy.stats.norm(np.asarray(y)[:, 0] / (1 + scale**2), np.sqrt(variance))
+    exact = scipy.stats.norm(0, np.sqrt(1 + scale**2)).logpdf(np.asarray(y)[:, 0]) + posterior.logcdf(end)
+    assert posterior.sf(end)[0] > 0.3  # chains do meet it
+    assert (np.abs(found.log_likelihood - exact) < 4.5 * found.standard_error).all()
+    assert (found.standard_error < 0.2).all()
+    assert ((found.acceptance_rate > 0.5) & (found.acceptance_rate < 0.95)).all()
+
+
 class FixedNoise:
     """A noise whose draw is known, so that a bound and an exact value are about the same y."""
 

@@ -19,6 +19,7 @@ from spread_jax.evaluation import (
     relative_sharpness,
     sharpness,
 )
+from spread_jax.evaluation.distances import _extrapolate
 
 
 @pytest.fixture
@@ -119,6 +120,23 @@ def test_extrapolation_removes_the_bias_and_its_error_is_the_spread_over_draws(c
     assert np.mean(plain) - 1 > 4 * np.std(plain, ddof=1) / np.sqrt(40)
     # A standard deviation from 40 draws is known to 11 %; four of those.
     assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(np.std(values, ddof=1), rel=0.45)
+
+
+def test_the_line_is_weighted_by_the_examples_that_each_point_rests_on(chance):
+    """In one dimension, by the normal equations: weights 1 / Var, which falls like 1 / n and like 1 / subsets."""
+    p, q = chance.standard_normal((46, 1)), 0.3 + 2 * chance.standard_normal((46, 1))
+    rows = []
+    for size in (12, 14, 18, 26, 46):  # 46 / n evenly between 4 and 1, rounded
+        parts = [(p[i : i + size], q[i : i + size]) for i in range(0, 46 - size + 1, size)]
+        distances = [(a.mean() - b.mean()) ** 2 + (a.std(ddof=1) - b.std(ddof=1)) ** 2 for a, b in parts]
+        rows.append((1 / size, np.mean(distances), size * len(parts)))
+    u, d, w = np.array(rows).T
+    slope = (w.sum() * (w * u * d).sum() - (w * u).sum() * (w * d).sum()) / (
+        w.sum() * (w * u * u).sum() - (w * u).sum() ** 2
+    )
+    expected = (w * (d - slope * u)).sum() / w.sum()
+    assert _extrapolate(p, q, 5) == pytest.approx(expected, rel=1e-10)
+    assert abs(np.polyfit(u, d, 1)[1] / expected - 1) > 0.01  # the weights count
 
 
 def test_extrapolation_with_fewer_examples_than_dimensions_is_the_same(chance, key):

@@ -4,14 +4,17 @@ import json
 import socket
 import sys
 import time
+import tomllib
 import types
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import scipy.ndimage
 
-from spread_jax.data import render_faces, sample_factors
+from spread_jax.data import Dataset, render_faces, sample_factors
+from spread_jax.data import faces as faces_module
 from spread_jax.evaluation import (
     FeatureNetwork,
     FeaturesError,
@@ -19,8 +22,10 @@ from spread_jax.evaluation import (
     features,
     frechet_distance,
     inception_features,
+    packaged_features,
     train_features,
 )
+from spread_jax.models import scores
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,44 @@ def test_features_are_standardised_deterministic_and_batch_free(network, faces):
     assert found.var(axis=0).mean() == pytest.approx(1, rel=1e-3)
     np.testing.assert_allclose(network(faces[:7]), found[:7], atol=1e-5)
     np.testing.assert_allclose(network(faces[:7] / 255.0), found[:7], atol=1e-4)
+
+
+def test_the_packages_features_are_those_of_the_documentation(faces):
+    found = packaged_features()
+    root = Path(__file__).parents[2]
+    assert f"features {found.fingerprint}" in (root / "docs/results/faces.md").read_text()
+    assert (found.name, found.image_shape, found.dimension) == ("a network trained on faces", (64, 64, 3), 192)
+    assert (found.config["train_images"], found.config["num_steps"]) == (8000, 600)
+    rendered = render_faces(faces_module.factors_at(0, "train", 0, 16))
+    assert found(rendered).var(axis=0).mean() == pytest.approx(1, abs=0.3)  # standardised over such images
+    # The wheel is the whole folder, small as the file is.
+    assert tomllib.loads((root / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"] == {
+        "packages": ["src/spread_jax"]
+    }
+    assert (Path(features.__file__).parent / "trained/faces.npz").stat().st_size < 400_000
+
+
+def test_synthetic_faces_get_the_packages_features_and_other_images_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "train_and_save_features", lambda *args, **options: "trained now")
+    images = np.zeros((8000, 64, 64, 3), np.uint8)
+    images[:4] = render_faces(faces_module.factors_at(0, "train", 0, 4))
+    images[2, 5, 5] += np.uint8(images[2, 5, 5] < 255)  # as another processor may round
+    said = []
+
+    def found(images, name="faces"):
+        dataset = Dataset.from_array(images, name=name)
+        return scores.find_features(None, dataset, cache_dir=str(tmp_path), steps=1, say=said.append)
+
+    assert found(images).fingerprint == packaged_features().fingerprint
+    assert not said
+    assert {found(images, "folder"), found(images[:7999]), found(images[::-1])} == {"trained now"}
+    assert len(said) == 3
+    # One's own come first.
+    own = FeatureNetwork({**packaged_features().params, "scale": np.float32(2)}, packaged_features().config)
+    dataset = Dataset.from_array(images, name="faces")
+    scores.features_path(dataset, str(tmp_path)).parent.mkdir()
+    own.save(scores.features_path(dataset, str(tmp_path)))
+    assert found(images).fingerprint == own.fingerprint
 
 
 def test_distances_grow_with_every_damage(network, faces):

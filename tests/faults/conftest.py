@@ -202,9 +202,10 @@ def tally(chaos):
         rows = [{"what": name, "value": value} for name, value in counts.measured.items()]
         tables.append(_report.Table("Times", rows))
     notes = (
-        "Each fault hits a training run; it is then resumed and compared with an unbroken one: every bit of the final "
-        "state, every recorded metric. Survived also means that the fault was reported in one sentence where there is "
-        f"something to report. All of it took {time.monotonic() - began:.0f} s."
+        "A training run meets each fault, is resumed, and is compared with an unbroken one: every bit of the final "
+        "state and every recorded metric must agree. A fuzzed or hostile file counts as survived if it is read or "
+        "refused, nothing hangs, and nothing outside of its folder is written or run. Where there is something to "
+        f"report, one sentence must report it. All of it took {time.monotonic() - began:.0f} s."
     )
     command = f"make chaos KILLS={os.environ.get('SPREAD_JAX_KILLS', '')}"
     folder = Path(os.environ["SPREAD_JAX_CHAOS"])

@@ -169,6 +169,22 @@ def test_the_papers_scale_is_its_formula(x64):
     assert ica.paper_noise_scale(jnp.zeros((2, 1))) == 0.001
 
 
+def test_the_papers_scale_has_a_slope_where_columns_sum_to_zero(dtype):
+    """Against the double sum over A A^T, and its derivative 2.5 s_j / (X |s|) with s the sums of columns."""
+    of = jax.jit(jax.vmap(jax.value_and_grad(ica.paper_noise_scale)))
+    rng = np.random.default_rng(0)
+    balanced = np.array([[1.0, -2.0], [-3.0, 0.5], [2.0, 1.5]])
+    cases = np.stack([balanced, np.zeros((3, 2)), balanced + 1e-4, rng.normal(size=(3, 2)), rng.normal(size=(3, 2))])
+    value, slope = of(jnp.asarray(cases, dtype))
+    sums = cases.sum(axis=1, keepdims=True)
+    length = np.sqrt(np.einsum("nik,njk->nij", cases, cases).mean(axis=(1, 2)).clip(0))
+    np.testing.assert_allclose(value, np.maximum(0.001, 2.5 * length), rtol=1e-5)
+    assert (value[:3] == jnp.asarray(0.001, dtype)).all()
+    expected = 2.5 / 3 * sums[3:] / np.linalg.norm(sums[3:], axis=2, keepdims=True)
+    np.testing.assert_array_equal(slope[:3], np.zeros((3, 3, 2)))
+    np.testing.assert_allclose(slope[3:], np.broadcast_to(expected, (2, 3, 2)), rtol=1e-5)
+
+
 def test_elimination_solves(x64):
     rng = np.random.default_rng(0)
     for size in (1, 3, 33):

@@ -161,6 +161,18 @@ def test_parts_of_blocks():
     np.testing.assert_array_equal(haar_parts(doubled[:, 10:])[0][:, 1], haar_parts(doubled[:, [12, 12]])[0][:, 0])
 
 
+def test_the_blocks_of_y_reach_the_last_layer():
+    """With weights for them alone, which copy each pixel: F = c_in (y - m), and D is linear in y."""
+    silent = jax.tree.map(jnp.zeros_like, variables_of("denoiser")[0]["params"])
+    last = f"Conv_{max(int(name[5:]) for name in silent if name.startswith('Conv_'))}"
+    kernel = np.zeros(silent[last]["kernel"].shape, np.float32)
+    kernel[1, 1, -8:] = np.eye(8)  # after those of the first layer's size, in the middle of 3x3
+    silent[last] = {**silent[last], "kernel": jnp.asarray(kernel)}
+    y, sigma = np.asarray(Y, np.float64), column(SIGMA).astype(np.float64)
+    expected = 0.5 + (0.25**2 + 0.25 * sigma) / (sigma**2 + 0.25**2) * (y - 0.5)
+    np.testing.assert_allclose(apply("denoiser", {"params": silent}), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_brightness_counts(name):
     """A normalisation of the first layer would take 2 y for y."""
@@ -205,6 +217,8 @@ def test_gradients_are_those_of_the_native_forms(name, x64):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@jax.numpy_rank_promotion("raise")
+@jax.numpy_dtype_promotion("strict")
 def test_half_precision(name):
     """Parameters and results stay float32; the layers between round to 8 bits."""
     _, moved = variables_of(name)

@@ -219,6 +219,36 @@ def test_forward_and_backward(pair, compute):
         assert min(jax.tree.leaves(moved)) > 0
 
 
+@pytest.mark.parametrize("name", RELEASED)
+@jax.numpy_rank_promotion("raise")
+@jax.numpy_dtype_promotion("strict")
+def test_half_precision_is_promoted_where_nothing_may_be(name):
+    """Traced alone: statistics of half precision are taken in float32."""
+    module, shape, *_ = RELEASED[name]
+    mode = {} if "critic" in name else {"train": True}
+    run = functools.partial(module.copy(dtype=jnp.bfloat16).init_with_output, **mode)
+    output, variables = jax.eval_shape(run, jax.random.key(0), jnp.zeros((2, *shape)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((output, variables))} == {"float32"}
+
+
+def test_statistics_keep_nine_tenths_of_what_they_were():
+    """One step on dense layers' outputs, against NumPy: decay 0.9, the variance of the batch without its correction."""
+    module, z = DenseGenerator(width=2), wave((5, 3))
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(module.init, train=False), jax.random.key(0), jnp.zeros(z.shape))
+    variables = jax.tree.map(lambda leaf: np.asarray(rng.uniform(0.5, 2.0, leaf.shape), np.float32), shapes)
+    step = jax.jit(functools.partial(module.apply, train=True, mutable=["batch_stats"]))
+    after = step(variables, jnp.asarray(z, jnp.float32))[1]["batch_stats"]
+    first = z @ np.float64(variables["params"]["Dense_0"]["kernel"])
+    norm = variables["params"]["BatchNorm_0"]
+    normalised = (first - first.mean(axis=0)) / np.sqrt(first.var(axis=0) + 1e-5) * norm["scale"] + norm["bias"]
+    second = np.maximum(normalised, 0) @ np.float64(variables["params"]["Dense_1"]["kernel"])
+    for name, h in (("BatchNorm_0", first), ("BatchNorm_1", second)):
+        before = variables["batch_stats"][name]
+        np.testing.assert_allclose(after[name]["mean"], 0.9 * before["mean"] + 0.1 * h.mean(axis=0), rtol=2e-5)
+        np.testing.assert_allclose(after[name]["var"], 0.9 * before["var"] + 0.1 * h.var(axis=0), rtol=2e-5)
+
+
 def test_evaluation_treats_examples_apart():
     """Without training, a row does not depend on the other rows of its batch."""
     module, shape, *_ = RELEASED["encoder 28"]

@@ -84,14 +84,23 @@ def test_norm_is_that_of_the_matrix_and_the_bound_is_above_it(shape, dtype):
     assert shape[:2] == (1, 1) or abs(reshaped / exact - 1) > 0.02
 
 
-def test_the_bound_holds_where_the_circular_norm_of_the_images_own_size_does_not():
-    # A second difference along five rows: the matrix is tridiagonal (-1, 2, -1), its norm 2 + 2 cos(pi / 6). The
+@pytest.mark.parametrize("along", ["height", "width"])
+def test_the_bound_holds_where_the_circular_norm_of_the_images_own_size_does_not(along):
+    # A second difference along five pixels: the matrix is tridiagonal (-1, 2, -1), its norm 2 + 2 cos(pi / 6). The
     # highest frequency, which has the most of it, is none of those of a circle of five, but nearly of one of seven.
-    kernel = jnp.asarray([-1.0, 2.0, -1.0]).reshape(3, 1, 1, 1)
-    exact = 2 + 2 * np.cos(np.pi / 6)
-    np.testing.assert_allclose(convolution_norm(kernel, 5, 1), exact, rtol=1e-6)
-    np.testing.assert_allclose(convolution_norm_bound(kernel, 5, 1), 2 - 2 * np.cos(2 * np.pi * 3 / 7), rtol=1e-6)
-    assert 2 - 2 * np.cos(2 * np.pi * 2 / 5) < exact < convolution_norm_bound(kernel, 5, 1)
+    kernel, size = jnp.asarray([-1.0, 2.0, -1.0]).reshape(3, 1, 1, 1), (5, 1)
+    if along == "width":
+        kernel, size = kernel.transpose(1, 0, 2, 3), (1, 5)
+    exact, bound = 2 + 2 * np.cos(np.pi / 6), 2 - 2 * np.cos(2 * np.pi * 3 / 7)
+    np.testing.assert_allclose(convolution_norm(kernel, *size), exact, rtol=1e-6)
+    np.testing.assert_allclose(convolution_norm_bound(kernel, *size), bound, rtol=1e-6)
+    assert 2 - 2 * np.cos(2 * np.pi * 2 / 5) < exact < convolution_norm_bound(kernel, *size)
+    # A layer of it, its leading singular vector known: the fastest sine that is zero beyond both ends.
+    u = np.sin(5 * np.pi * np.arange(1, 6) / 6).reshape(1, *size, 1) / np.sqrt(3)
+    one = lambda leaf: {"block_0": {"conv_0": leaf}}
+    variables = {"params": one({"kernel": kernel}), "spectral_stats": one({"u": jnp.asarray(u, jnp.float32)})}
+    found = lipschitz_bound(InvertibleResidual(coefficient=0.8), variables)["block_0"]
+    np.testing.assert_allclose([found["conv_0"], found["g"]], 0.8 * bound / exact, rtol=1e-5)
 
 
 def test_the_bound_is_close_on_larger_images():
@@ -223,6 +232,42 @@ def test_inverse_is_one_and_says_when_it_is_not(network):
     assert (early.error > 1e-5).all()
     each = jax.jit(jax.vmap(lambda y: invert(module, variables, y[None]).x[0]))(y[:2])
     np.testing.assert_allclose(each, x[:2], atol=5e-5)
+
+
+def test_an_inverse_is_judged_by_its_tolerance(network):
+    """Image by image, by f(x) in every pixel; and iterations go on until that is met."""
+    module, variables, x = network
+    f = jax.jit(module.apply)
+    y = f(variables, x)
+    solve = jax.jit(functools.partial(invert, module), static_argnames=("tolerance", "max_iterations"))
+    early = solve(variables, y, max_iterations=1)
+    error = np.abs(f(variables, early.x) - y).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(early.error, error, rtol=1e-3)
+    nearest = float(early.error.min())
+    assert np.sort(error)[1] < 8 * nearest
+    for factor, converged in ((0.99, 0), (1.01, 1), (1.01 * float(early.error.max()) / nearest, len(x))):
+        found = solve(variables, y, tolerance=factor * nearest, max_iterations=1)
+        assert int(found.converged.sum()) == converged
+    for tolerance in (1e-2, 1e-4):
+        found = solve(variables, y, tolerance=tolerance)
+        assert np.abs(f(variables, found.x) - y).max() <= tolerance
+
+
+@pytest.mark.parametrize("tolerance", [1e-2, 1e-4])
+def test_a_slow_iteration_goes_on_until_the_tolerance_is_met(tolerance):
+    """g(x) = c^3 x, of convolutions that copy positive pixels: an error falls by 0.73 only, and x = y / (1 + c^3)."""
+    module, shape = InvertibleResidual(features=1, coefficient=0.9), (2, 3, 3, 1)
+    copy = jnp.zeros((3, 3, 1, 1)).at[1, 1].set(1.0)
+    layers = {f"conv_{i}": {"kernel": copy, "bias": jnp.zeros(1)} for i in range(3)}
+    stats = {f"conv_{i}": {"u": jnp.full((1, *shape[1:]), 1 / 3)} for i in range(3)}
+    variables = {"params": {"block_0": layers}, "spectral_stats": {"block_0": stats}}
+    y = jnp.linspace(1.0, 3.0, 18).reshape(shape)
+    found = jax.jit(functools.partial(invert, module, tolerance=tolerance))(variables, y)
+    slope = 1 + 0.9**3
+    error = np.abs(slope * np.asarray(found.x, np.float64) - y).max(axis=(1, 2, 3))
+    np.testing.assert_allclose(found.error, error, atol=2e-6)
+    assert found.converged.all()
+    assert 0.05 * tolerance < error.max() <= tolerance
 
 
 def test_gradients_of_the_inverse_are_those_of_finite_differences(x64):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.stats
 
 from spread_jax import (
     CauchyNoise,
@@ -74,6 +75,22 @@ def test_uniform_kernel_and_transform_match_quadrature(x64):
         wave = scipy.integrate.quad(lambda y, w=w: np.cos(w * y) / 1.6, -0.8, 0.8)[0]
         np.testing.assert_allclose(noise.characteristic_function(jnp.array([[w]])), [wave], atol=1e-10)
     np.testing.assert_allclose(noise.entropy(x), np.log([1.6, 1.6]))
+
+
+def test_uniform_draws_fill_both_halves_of_the_interval(dtype):
+    """A Kolmogorov-Smirnov test in each dimension, whose scale is its own, with draws of the dimensions unrelated."""
+    scale, centre = np.array([0.3, 2.0, 0.01, 5.0]), np.array([1.0, -3.0, 0.0, 2.0])
+    noise, x = UniformNoise(jnp.asarray(scale, dtype)), jnp.tile(jnp.asarray(centre, dtype), (4000, 1))
+    y = np.asarray(noise.sample(x, key=jax.random.key(3)), np.float64)
+    for d in range(4):
+        assert scipy.stats.kstest(y[:, d], scipy.stats.uniform(centre[d] - scale[d], 2 * scale[d]).cdf).pvalue > 1e-3
+    assert np.abs(np.corrcoef(y.T) - np.eye(4)).max() < 5 / np.sqrt(4000)
+    # Entropies of independent dimensions add up, whatever the shape of the event.
+    expected = scipy.stats.uniform(0, 2 * scale).entropy().sum()
+    np.testing.assert_allclose(noise.entropy(x[:2]), [expected] * 2, rtol=1e-6)
+    square = UniformNoise(jnp.asarray(scale.reshape(2, 2), dtype))
+    np.testing.assert_allclose(square.entropy(x[:2].reshape(2, 2, 2)), [expected] * 2, rtol=1e-6)
+    np.testing.assert_allclose(UniformNoise(0.3).entropy(x[:1]), [4 * np.log(0.6)], rtol=1e-6)
 
 
 def test_uniform_refuses_log_prob_and_says_why(key):

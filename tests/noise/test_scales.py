@@ -113,3 +113,9 @@ def test_a_sampler_of_another_dtype_gives_scales_of_the_images(key):
     law = SampledScales(lambda key, shape, dtype: jnp.full(shape, 0.5, jnp.float16), rising_density, LOW, HIGH)
     for keys in (key, example_keys(key, jnp.arange(3))):
         assert law.sample(jnp.zeros((3, 2)), key=keys).dtype == jnp.float32
+
+
+def test_the_ends_of_a_law_belong_to_it():
+    found = LogUniformScales(0.5, 2.0).log_prob(jnp.asarray([0.49, 0.5, 2.0, 2.01]))
+    inside = -np.log([0.5, 2.0]) - np.log(np.log(4.0))
+    np.testing.assert_allclose(found, [-np.inf, *inside, -np.inf], rtol=1e-6)

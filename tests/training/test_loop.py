@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+import time
 
 import jax
 import numpy as np
@@ -170,6 +171,33 @@ def test_a_request_during_the_last_step_ends_a_run_that_is_done_anyway():
         result, log = run(step, stop=stop)
     assert (result, log.get("error")) == (10, None)
     assert log["saves"][-1][0] == 10
+
+
+def test_the_rate_leaves_the_first_step_out():
+    """It is the one that compiles."""
+
+    def step(state, batch):
+        time.sleep(0.3 if batch == 0 else 0)
+        return state, {"loss": 1.0}
+
+    records = []
+    train(0, step, range(4), start_step=0, num_steps=4, on_record=records.append, record_every=4)
+    assert records[0].seconds_per_step < 0.05
+
+
+def test_the_share_of_waiting_is_that_of_the_time():
+    def slow_batches():
+        for batch in range(9):
+            time.sleep(0.02)
+            yield batch
+
+    def step(state, batch):
+        time.sleep(0.02)
+        return state, {"loss": 1.0}
+
+    records = []
+    train(0, step, slow_batches(), start_step=0, num_steps=9, on_record=records.append, record_every=9)
+    assert 0.3 < records[0].waiting < 0.7
 
 
 def test_the_rate_leaves_evaluations_and_saves_out(monkeypatch):

@@ -4,8 +4,9 @@
 
 The network learns, on the training images, to tell quarter turns apart, to recognise an image in two crops, and the
 labels where there are labels. It is written as features/<data>-<fingerprint>.npz in the cache's folder, where
-`spread-jax evaluate` finds it (and trains it if it is not there). Distances compare only where the fingerprint of the
-features is the same; it is in every result.
+`spread-jax evaluate` finds it (and trains it if it is not there). For the 64x64 synthetic faces the package has such a
+file, which is used until you write one of your own. Distances compare only where the fingerprint of the features is
+the same; it is in every result.
 
 The last line reports, as a check, Fréchet distances of the validation images to training images: as they are
 (expect the lowest), and blurred, noisy, mixed in pairs, or with seven of eight images lost (expect them larger).

@@ -21,6 +21,7 @@ from spread_jax.evaluation.features import (
     FeaturesError,
     InceptionFeatures,
     inception_features,
+    packaged_features,
     train_features,
 )
 from spread_jax.evaluation.plots import image_grid, save_csv, save_curves, save_figure, save_image
@@ -42,6 +43,7 @@ __all__ = [
     "inception_features",
     "kernel_distance",
     "nearest_neighbours",
+    "packaged_features",
     "precision_recall_density_coverage",
     "relative_sharpness",
     "save_csv",

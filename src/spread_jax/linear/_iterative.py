@@ -21,8 +21,10 @@ _TURN_ROWS, _TURN_SAMPLES = 8192, 32  # of the look at turns of two columns
 
 def paper_noise_scale(mixing):
     """max(0.001, 2.5 sqrt(mean(A A^T))), the mean over all entries."""
-    # The mean over entries of A A^T is a squared length.
-    return jnp.maximum(0.001, 2.5 * jnp.linalg.norm(mixing.sum(axis=0)) / mixing.shape[0])
+    # The mean over entries of A A^T is a squared length, which has no slope at zero: where columns sum to it.
+    square = jnp.square(2.5 / mixing.shape[0] * mixing.sum(axis=0)).sum()
+    above = square > 0.001**2
+    return jnp.where(above, jnp.sqrt(jnp.where(above, square, 1)), 0.001)
 
 
 def em_update(moments):

@@ -23,6 +23,11 @@ class Network(nn.Module, kw_only=True):
         """A convolution, or another layer of that kind."""
         return kind(features, dtype=self.dtype, native=self.native_gradients, **settings)
 
+    def normalised(self, norm: nn.Module, h: jax.Array) -> jax.Array:
+        """`norm(h)`, with Flax's promotion of half precision to float32, whatever the caller has forbidden."""
+        with jax.numpy_dtype_promotion("standard"):
+            return norm(h)
+
 
 def score_head(h: jax.Array) -> jax.Array:
     """One number for each example, 0 at the start; float32 whatever the compute dtype."""

@@ -35,7 +35,8 @@ class _Conditional(Network):
         modulation = nn.Dense(2 * h.shape[-1], kernel_init=zeros, dtype=self.dtype)(waves)[:, None, None]
         scale, shift = jnp.split(modulation, 2, axis=-1)
         if not first:
-            h = nn.GroupNorm(num_groups=1, epsilon=1e-5, use_scale=False, use_bias=False, dtype=self.dtype)(h)
+            norm = nn.GroupNorm(num_groups=1, epsilon=1e-5, use_scale=False, use_bias=False, dtype=self.dtype)
+            h = self.normalised(norm, h)
         return h * (1 + scale) + shift
 
 
@@ -175,7 +176,7 @@ class Denoiser(_Conditional):
 
 def _for_each(sigma: jax.Array | float, y: jax.Array) -> jax.Array:
     """sigma of each example, [batch]."""
-    sigma = jnp.asarray(sigma, jnp.promote_types(y.dtype, jnp.float32))
+    sigma = jnp.asarray(sigma, jnp.float64 if y.dtype == jnp.float64 else jnp.float32)
     batch = y.shape[0]
     if sigma.shape not in ((), (batch,), (batch, *(1,) * (y.ndim - 1))):
         raise ValueError(f"sigma must be a scalar or one number for each of the {batch} examples, got {sigma.shape}.")

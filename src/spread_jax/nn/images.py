@@ -48,11 +48,11 @@ class _Network(Network):
     def _over_batch(self, h, train: bool):
         # Decay and epsilon of the published code; statistics stay float32 whatever the compute dtype.
         norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, axis_name=self.axis_name)
-        return norm(h)
+        return self.normalised(norm, h)
 
     def _over_each(self, h):
         # Over one image's pixels and channels: no image's number depends on which others are in its batch.
-        return nn.GroupNorm(num_groups=1, epsilon=1e-5, dtype=self.dtype)(h)
+        return self.normalised(nn.GroupNorm(num_groups=1, epsilon=1e-5, dtype=self.dtype), h)
 
     def _downwards(self, h, normalise: Callable, activate: Callable, taps: int, *, normalise_first: bool):
         """Stride-2 convolutions to width, 2 width, ... channels; flat."""

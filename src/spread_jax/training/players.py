@@ -289,7 +289,8 @@ def make_train_step(
             (value, metrics, gradient), variables = over(
                 functools.partial(with_gradient, own), state.variables, batch, key=key
             )
-            updates, opt_state = player.optimizer.update(gradient, state.opt_state[player.name], own)
+            with jax.numpy_dtype_promotion("standard"):  # Adam takes a float to the power of its integer count
+                updates, opt_state = player.optimizer.update(gradient, state.opt_state[player.name], own)
             moved = optax.apply_updates(own, updates)
             gain = state.gain
             if player.look_again:
