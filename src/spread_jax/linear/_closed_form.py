@@ -17,7 +17,8 @@ from spread_jax.linear._host import blocks, cond, library, mean_over, some_colum
 
 # Examples that the fixed point and, of more than twice as many, the first of Newton's steps look at.
 _FIRST_LOOK = 8192
-# Scores are estimated from a quarter of the examples, but from no fewer and no more than these.
+# Scores are estimated from all examples where a histogram tells of them; else from a quarter of them, but from no fewer
+# and no more than these.
 _FEWEST, _MOST = 4096, 32768
 _FIRST_STEPS = 100
 # Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
@@ -191,7 +192,7 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
       `newton_step`, whether W is orthogonal).
     """
     xp, count, v_blocks = library(v), v.shape[1], blocks(v)
-    num_looked = min(max(count // 4, _FEWEST), _MOST)
+    num_looked = count if xp is np and law.smooth else min(max(count // 4, _FEWEST), _MOST, count)
     look = blocks(some_columns(v, num_looked), law.size)
     # Below this rounding, not the data, makes the steps.
     floor = 2000 * float(xp.finfo(v.dtype).eps)

@@ -26,17 +26,27 @@ _STEP = 2 * _REACH / (_POINTS - 1)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(21)
 # What a squared length of a function, in units of its own, is certain to.
 _RIDGE = 1e-5
+# Of chi-square with seven degrees of freedom, the errors of d, one in twenty is above this.
+_ALIKE = 14.0
+# In NumPy the values of a source are counted on a grid that is even in u / (8 + |u|): a score needs no more than its
+# law, and a step is 0.03 about zero, 2 at u = 50.
+_BEND, _HALF = 8.0, 256
+_PLACES = np.clip(np.arange(-_HALF, _HALF + 1) / _HALF, 0.5 / _HALF - 1, 1 - 0.5 / _HALF)
+_GRID = _BEND * _PLACES / (1 - np.abs(_PLACES))
 
 
 class AnyLaw:
     """u, u / (c + u^2) and 1 / (c + u^2): in their span lies, nearly, the score of any law of unit variance.
 
     Students' laws have the former as scores, at all scales c; the differences to u are what light tails need, and
-    the latter, even in u, what skewed laws need. The first two functions always count, the others where the data
+    the latter, even in u, what skewed laws need. The first three functions always count, the others where the data
     say so.
     """
 
-    size, kept = 7, 2
+    # Functions, those that always count, and those that are even.
+    size, kept, even = 7, 3, (2, 5)
+    # Whether a grid shows all of them.
+    smooth = True
     # Two sources whose share in each other is uncertain by more than this variance cannot be told apart: turned by any
     # angle they explain the data as well. Of Gaussian sources, chance seldom makes it smaller.
     untold = 0.01
@@ -83,7 +93,7 @@ class NamedLaw:
     """
 
     table: jax.Array | np.ndarray
-    size, kept = 2, 1
+    size, kept, even, smooth = 2, 1, (), False
     untold = 0.2  # nothing of the law is estimated: chance does not look like a law
 
     def functions(self, u):
@@ -100,10 +110,7 @@ class NamedLaw:
 def project(law, w, v_blocks, count):
     """The best combination of a law's functions for each source, from u = W v.
 
-    The first `law.kept` functions get the coefficients that data of this size ask for. In the rest of the span, the
-    coefficient of each direction, t standard errors from zero, is shrunk by 1 - 2 log(Z q) / t^2, to zero if that is
-    negative, with q the mean square of f' - f u over that of f: so large t gets by chance where Z sources are turned
-    and f oscillates q^1/2 times.
+    Sources whose laws a test cannot tell apart share one score, which all their examples estimate.
 
     Args:
       w: [Z, Z].
@@ -116,48 +123,99 @@ def project(law, w, v_blocks, count):
     Source: D. T. Pham and P. Garat, Blind separation of mixture of independent sources through a quasi-maximum
       likelihood approach, IEEE Trans. Signal Processing 45, 1997, for scores as projections.
     """
-    xp, kept, size = library(w), law.kept, law.size
 
-    def statistics(v, weights):
-        u = w.astype(v.dtype) @ v
+    def statistics(u, weights):
         f, slope = law.functions(u)
         # Per example, an estimate of d is off by f' - f psi; with u for psi, which is what remains where it matters.
         off = slope - f * u
-        # One weight for all, as in NumPy, is left to the sums.
-        weigh, of_sum = (lambda a: a * weights, 1) if weights.ndim else (lambda a: a, weights)
-        gram = lambda a: a.transpose(1, 0, 2) @ weigh(a).transpose(1, 2, 0) * of_sum
-        mean = lambda a: weigh(a).sum(axis=2).T * of_sum
+        gram = lambda a: a.transpose(1, 0, 2) @ (a * weights).transpose(1, 2, 0)
+        mean = lambda a: (a * weights).sum(axis=2).T
         return gram(f), gram(off), mean(f), mean(off), mean(slope)
 
-    covariance, noise, f, off, d = mean_over(statistics, v_blocks)
+    if law.smooth and isinstance(v_blocks, list):
+        found = statistics(_GRID[None], _histogram(w, v_blocks))
+    else:
+        found = mean_over(lambda v, weights: statistics(w.astype(v.dtype) @ v, weights), v_blocks)
+    covariance, noise, f, off, d = found
     covariance = covariance - f[:, :, None] * f[:, None, :]
     noise = noise - off[:, :, None] * off[:, None, :]
+    coefficients = _combine(covariance, noise, d, count, law.kept, len(w))
+    if law.even and len(w) > 1:
+        alike, common = _common(law, covariance, noise, d, count)
+        coefficients = library(w).where(alike[:, None], common, coefficients)
+    return coefficients, (coefficients * d).sum(axis=1)
+
+
+def _histogram(w, v_blocks):
+    """The sources u = W v, counted on the grid: [Z, points], rows that sum to one."""
+    offsets = (len(_GRID) * np.arange(len(w)) + _HALF + 0.5)[:, None]  # a half, so that truncation rounds
+    counts = np.zeros(len(w) * len(_GRID), int)
+    for v, _ in v_blocks:
+        u = w.astype(v.dtype) @ v
+        place = np.abs(u)
+        place += _BEND
+        np.divide(u, place, out=place)
+        place *= _HALF
+        place += offsets.astype(v.dtype)
+        counts += np.bincount(place.ravel().astype(int), minlength=len(counts))
+    counts = counts.reshape(len(w), -1)
+    return counts / counts[0].sum()
+
+
+def _combine(covariance, noise, d, count, kept, num_sources):
+    """Coefficients [n, K] from B [n, K, K], the covariance of errors of d for one example [n, K, K], and d [n, K].
+
+    The first `kept` functions get the coefficients that the data ask for. In the rest of the span, the coefficient of
+    each direction, t standard errors from zero, is shrunk by 1 - log(Z q) / t^2, to zero if that is negative, with q
+    the mean square of f' - f u over that of f: nearly so large t gets by chance where Z sources are turned and f
+    oscillates q^1/2 times. Less than chance can do, since a score that is too smooth costs more than one that is rough.
+    """
+    xp, size = library(d), d.shape[1]
     lengths = xp.sqrt(xp.maximum(xp.diagonal(covariance, axis1=1, axis2=2), _RIDGE))
     outer = lengths[:, :, None] * lengths[:, None, :]
-    b, v = covariance / outer + _RIDGE * xp.eye(size, dtype=covariance.dtype), noise / outer
+    noise = noise / outer
+    # What is not known of d counts as if f varied by as much: a function that is constant for a discrete law.
+    b = covariance / outer + noise / count + _RIDGE * xp.eye(size, dtype=d.dtype)
     d = d / lengths
-    first = xp.linalg.solve(b[:, :kept, :kept], d[:, :kept, None])
+    solved = xp.linalg.solve(b[:, :kept, :kept], xp.concatenate([d[:, :kept, None], b[:, :kept, kept:]], axis=2))
     if size == kept:
-        coefficients = first[:, :, 0]
-    else:
-        # T takes the rest to what is orthogonal to the kept functions.
-        onto = -xp.linalg.solve(b[:, :kept, :kept], b[:, :kept, kept:])
-        eye = xp.broadcast_to(xp.eye(size - kept, dtype=b.dtype), (len(w), size - kept, size - kept))
-        t = xp.concatenate([onto, eye], axis=1)
-        transposed = xp.swapaxes(t, 1, 2)
-        values, axes = xp.linalg.eigh(transposed @ b @ t)
-        root = axes / xp.sqrt(xp.maximum(values, _RIDGE))[:, None, :]  # T root: orthonormal
-        t = t @ root
-        values, axes = xp.linalg.eigh(xp.swapaxes(t, 1, 2) @ v @ t)
-        t = t @ axes
-        along = (xp.swapaxes(t, 1, 2) @ d[:, :, None])[:, :, 0]
-        error = xp.maximum(values, 0) / count
-        threshold = 2 * xp.log(xp.maximum(len(w) * values, 2))
-        share = xp.maximum(0, 1 - threshold * error / xp.maximum(along * along, 1e-30))
-        coefficients = (t @ (share * along)[:, :, None])[:, :, 0]
-        coefficients = coefficients + xp.concatenate([first[:, :, 0], xp.zeros_like(d[:, kept:])], axis=1)
-    coefficients = coefficients / lengths
-    return coefficients, (coefficients * (d * lengths)).sum(axis=1)
+        return solved[:, :, 0] / lengths
+    first = xp.concatenate([solved[:, :, 0], xp.zeros_like(d[:, kept:])], axis=1)
+    # The rows of T are orthogonal to the kept functions, then of length one, then of independent errors.
+    eye = xp.broadcast_to(xp.eye(size - kept, dtype=d.dtype), (len(d), size - kept, size - kept))
+    t = xp.concatenate([-xp.swapaxes(solved[:, :, 1:], 1, 2), eye], axis=2)
+    t = xp.linalg.solve(xp.linalg.cholesky(t @ b @ xp.swapaxes(t, 1, 2)), t)
+    values, axes = xp.linalg.eigh(t @ noise @ xp.swapaxes(t, 1, 2))
+    t = xp.swapaxes(axes, 1, 2) @ t
+    along = (t @ d[:, :, None])[:, :, 0]
+    threshold = xp.log(xp.maximum(num_sources * values, 2)) * xp.maximum(values, 0) / count
+    along = xp.maximum(0, 1 - threshold / xp.maximum(along * along, 1e-30)) * along
+    return (first + (along[:, None, :] @ t)[:, 0]) / lengths
+
+
+def _common(law, covariance, noise, d, count):
+    """Which sources cannot be told from the others' law, [Z], and the coefficients of that law, [1, K].
+
+    Signs of sources are arbitrary, so that a common score is odd; a source that is skewed is told apart by that.
+    """
+    xp, num_sources = library(d), len(d)
+    odd = np.array([index not in law.even for index in range(law.size)], float).astype(d.dtype)
+    both = np.outer(odd, odd) + np.diag(1 - odd)
+    lengths = xp.sqrt(xp.maximum(xp.diagonal(noise, axis1=1, axis2=2), _RIDGE))
+    outer = lengths[:, :, None] * lengths[:, None, :]
+    precision = xp.linalg.inv(noise / outer + 1e-4 * xp.eye(law.size, dtype=d.dtype)) / outer
+    alike = xp.ones(num_sources, bool)
+    for _ in range(2):  # first against all, then against those that passed
+        share = alike / xp.maximum(alike.sum(), 1)
+        mean = lambda a, share=share: xp.tensordot(share.astype(a.dtype), a, 1)[None]
+        common = _combine(
+            mean(covariance) * both, mean(noise) * both, mean(d) * odd, count * alike.sum() + 1, law.kept, 1
+        )
+        rest = d - covariance @ common[0]
+        alike = alike & (count * (rest * (precision @ rest[:, :, None])[:, :, 0]).sum(axis=1) < _ALIKE)
+        if xp is np and (alike.all() or not alike.any()):
+            break
+    return alike, common
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
