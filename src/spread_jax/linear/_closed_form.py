@@ -15,7 +15,8 @@ import numpy as np
 from spread_jax.linear import _scores
 from spread_jax.linear._host import blocks, cond, library, mean_over, some_columns, while_loop
 
-# Examples that the fixed point and, of more than twice as many, the first of Newton's steps look at.
+# Examples that the fixed point and, of more than twice as many, the first of Newton's steps look at; with many sources
+# 4 Z^2: the fewer, the more steps it takes, and from Z^2 / 2 it finds nothing.
 _FIRST_LOOK = 8192
 # Scores are estimated from all examples where a histogram tells of them; else from a quarter of them, but from no fewer
 # and no more than these.
@@ -247,9 +248,11 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     """
     xp = library(v)
     num_sources, count = v.shape
-    look = some_columns(v, _FIRST_LOOK)
+    first_look = min(max(_FIRST_LOOK, 4 * num_sources**2), count)
+    look = some_columns(v, first_look)
     first_steps = max(min(max_iterations // 2, _FIRST_STEPS), 1)
-    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=1e-4)
+    close = max(1e-4, 0.2 * num_sources / first_look)  # a row turned by less than its standard error
+    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=close)
     if len(starts) == 1:
         w, t, _ = run(starts[0])
     else:
@@ -279,7 +282,7 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     for _ in range(2 if observed and source is not None else 1):
         law, s, d = law_at(w)
         limits = {"max_iterations": max_iterations - 2, "tolerance": _SETTLED}
-        if xp is np and count > 2 * _FIRST_LOOK:  # JAX would compile it all twice
+        if xp is np and count > 2 * first_look:  # JAX would compile it all twice
             w, t, _, _, orthogonal = newton(look, law, w, noise, orthogonal, t, **limits)
         limits = {"max_iterations": max_iterations, "tolerance": tolerance}
         w, t, residual, leakage, orthogonal = newton(v, law, w, noise, orthogonal, t, **limits)

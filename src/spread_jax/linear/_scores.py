@@ -71,6 +71,14 @@ class AnyLaw:
                 values[even], slopes[even] = r, -2 * values[odd] * r
         return xp.stack(values), xp.stack(slopes)
 
+    @functools.cached_property
+    def on_grid(self):
+        """What `project` averages, at the points of the grid: [points, 2 K^2 + 3 K]."""
+        f, slope = (a[:, 0] for a in self.functions(_GRID[None]))
+        off = slope - f * _GRID
+        gram = lambda a: (a[:, None] * a).reshape(-1, a.shape[1])
+        return np.concatenate([gram(f), gram(off), f, off, slope]).T
+
     def score(self, coefficients, u):
         """The combination with coefficients [Z, 7] at u [Z, n]."""
         square = u * u
@@ -110,6 +118,7 @@ class NamedLaw:
 def project(law, w, v_blocks, count):
     """The best combination of a law's functions for each source, from u = W v.
 
+    For one example an estimate of d is off by f' - f psi; u is taken for psi, which is what remains where it matters.
     Sources whose laws a test cannot tell apart share one score, which all their examples estimate.
 
     Args:
@@ -126,23 +135,25 @@ def project(law, w, v_blocks, count):
 
     def statistics(u, weights):
         f, slope = law.functions(u)
-        # Per example, an estimate of d is off by f' - f psi; with u for psi, which is what remains where it matters.
         off = slope - f * u
-        gram = lambda a: a.transpose(1, 0, 2) @ (a * weights).transpose(1, 2, 0)
-        mean = lambda a: (a * weights).sum(axis=2).T
+        # One weight for all, as in NumPy, is left to the sums.
+        weigh, of_sum = (lambda a: a * weights, 1) if weights.ndim else (lambda a: a, weights)
+        gram = lambda a: a.transpose(1, 0, 2) @ weigh(a).transpose(1, 2, 0) * of_sum
+        mean = lambda a: weigh(a).sum(axis=2).T * of_sum
         return gram(f), gram(off), mean(f), mean(off), mean(slope)
 
     if law.smooth and isinstance(v_blocks, list):
-        found = statistics(_GRID[None], _histogram(w, v_blocks))
+        sums = _histogram(w, v_blocks) @ law.on_grid
+        squares, means = sums[:, : 2 * law.size**2], sums[:, 2 * law.size**2 :]
+        covariance, noise = (a.reshape(-1, law.size, law.size) for a in np.split(squares, 2, axis=1))
+        f, off, d = np.split(means, 3, axis=1)
     else:
-        found = mean_over(lambda v, weights: statistics(w.astype(v.dtype) @ v, weights), v_blocks)
-    covariance, noise, f, off, d = found
+        of_block = lambda v, weights: statistics(w.astype(v.dtype) @ v, weights)
+        covariance, noise, f, off, d = mean_over(of_block, v_blocks)
     covariance = covariance - f[:, :, None] * f[:, None, :]
     noise = noise - off[:, :, None] * off[:, None, :]
-    coefficients = _combine(covariance, noise, d, count, law.kept, len(w))
-    if law.even and len(w) > 1:
-        alike, common = _common(law, covariance, noise, d, count)
-        coefficients = library(w).where(alike[:, None], common, coefficients)
+    combine = _combine_alike if law.even and len(w) > 1 else _combine
+    coefficients = combine(law, covariance, noise, d, count, len(w))
     return coefficients, (coefficients * d).sum(axis=1)
 
 
@@ -162,20 +173,25 @@ def _histogram(w, v_blocks):
     return counts / counts[0].sum()
 
 
-def _combine(covariance, noise, d, count, kept, num_sources):
+def _combine(law, covariance, noise, d, count, num_sources):
     """Coefficients [n, K] from B [n, K, K], the covariance of errors of d for one example [n, K, K], and d [n, K].
 
-    The first `kept` functions get the coefficients that the data ask for. In the rest of the span, the coefficient of
-    each direction, t standard errors from zero, is shrunk by 1 - log(Z q) / t^2, to zero if that is negative, with q
-    the mean square of f' - f u over that of f: nearly so large t gets by chance where Z sources are turned and f
-    oscillates q^1/2 times. Less than chance can do, since a score that is too smooth costs more than one that is rough.
+    The first `law.kept` functions get the coefficients that the data ask for. In the rest of the span, the coefficient
+    of each direction, t standard errors from zero, is shrunk by 1 - log(Z q) / t^2, to zero if that is negative, with q
+    the mean square of f' - f u over that of f: chance makes t^2 as large as twice that, where Z sources are turned and
+    f oscillates q^1/2 times. Half of it is right on the whole: a score that is too smooth costs more than a rough one.
+
+    Args:
+      count: examples, one number or [n].
+      num_sources: Z, one number or [n].
     """
-    xp, size = library(d), d.shape[1]
+    xp, size, kept = library(d), law.size, law.kept
+    count, num_sources = (xp.asarray(a, d.dtype).reshape(-1, 1) for a in (count, num_sources))
     lengths = xp.sqrt(xp.maximum(xp.diagonal(covariance, axis1=1, axis2=2), _RIDGE))
     outer = lengths[:, :, None] * lengths[:, None, :]
     noise = noise / outer
-    # What is not known of d counts as if f varied by as much: a function that is constant for a discrete law.
-    b = covariance / outer + noise / count + _RIDGE * xp.eye(size, dtype=d.dtype)
+    # What is not known of d counts as if f varied by as much: some f hardly varies where a law is discrete.
+    b = covariance / outer + noise / count[:, :, None] + _RIDGE * xp.eye(size, dtype=d.dtype)
     d = d / lengths
     solved = xp.linalg.solve(b[:, :kept, :kept], xp.concatenate([d[:, :kept, None], b[:, :kept, kept:]], axis=2))
     if size == kept:
@@ -193,29 +209,37 @@ def _combine(covariance, noise, d, count, kept, num_sources):
     return (first + (along[:, None, :] @ t)[:, 0]) / lengths
 
 
-def _common(law, covariance, noise, d, count):
-    """Which sources cannot be told from the others' law, [Z], and the coefficients of that law, [1, K].
+def _combine_alike(law, covariance, noise, d, count, num_sources):
+    """`_combine`, but with the same coefficients for all sources that cannot be told from the law of the others.
 
     Signs of sources are arbitrary, so that a common score is odd; a source that is skewed is told apart by that.
     """
-    xp, num_sources = library(d), len(d)
+    xp = library(d)
     odd = np.array([index not in law.even for index in range(law.size)], float).astype(d.dtype)
     both = np.outer(odd, odd) + np.diag(1 - odd)
     lengths = xp.sqrt(xp.maximum(xp.diagonal(noise, axis1=1, axis2=2), _RIDGE))
     outer = lengths[:, :, None] * lengths[:, None, :]
-    precision = xp.linalg.inv(noise / outer + 1e-4 * xp.eye(law.size, dtype=d.dtype)) / outer
-    alike = xp.ones(num_sources, bool)
-    for _ in range(2):  # first against all, then against those that passed
-        share = alike / xp.maximum(alike.sum(), 1)
-        mean = lambda a, share=share: xp.tensordot(share.astype(a.dtype), a, 1)[None]
-        common = _combine(
-            mean(covariance) * both, mean(noise) * both, mean(d) * odd, count * alike.sum() + 1, law.kept, 1
-        )
+    precision = count * xp.linalg.inv(noise / outer + 1e-4 * xp.eye(law.size, dtype=d.dtype)) / outer
+
+    def together(alike):
+        share = (alike / xp.maximum(alike.sum(), 1)).astype(d.dtype)
+        mean = lambda a: xp.tensordot(share, a, 1)[None]
+        return mean(covariance) * both, mean(noise) * both, mean(d) * odd
+
+    def fits(common):
         rest = d - covariance @ common[0]
-        alike = alike & (count * (rest * (precision @ rest[:, :, None])[:, :, 0]).sum(axis=1) < _ALIKE)
-        if xp is np and (alike.all() or not alike.any()):
-            break
-    return alike, common
+        return (rest * (precision @ rest[:, :, None])[:, :, 0]).sum(axis=1) < _ALIKE
+
+    own_and_common = map(xp.concatenate, zip((covariance, noise, d), together(xp.ones(num_sources)), strict=True))
+    each = np.arange(num_sources + 1) < num_sources
+    counts, sources = np.where(each, count, count * num_sources), np.where(each, num_sources, 1)
+    coefficients = _combine(law, *own_and_common, counts, sources)
+    own, common = coefficients[:-1], coefficients[-1:]
+    alike = fits(common)
+    if xp is jnp or alike.any() > alike.all():  # those of another law have had a say: once more without them
+        common = _combine(law, *together(alike), count * alike.sum() + 1, 1)
+        alike = alike & fits(common)
+    return xp.where(alike[:, None], common, own)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
