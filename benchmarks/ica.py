@@ -430,9 +430,10 @@ def as_markdown(results: dict) -> str:
             f"{row['seconds']:.3f} | {row['seconds'] / peer['seconds']:.2f} | {row['first_seconds']:.1f} |"
         )
     if results["overcomplete"]:
+        seeds = results["overcomplete"][0]["seeds"]
         lines += [
             "",
-            f"`python -m benchmarks.ica --part overcomplete --overcomplete-seeds {results['overcomplete'][0]['seeds']}`: "
+            f"`python -m benchmarks.ica --part overcomplete --overcomplete-seeds {seeds}`: "
             'more sources than dimensions, X = 10, `method="gibbs"`; FastICA and Picard have no such fit. A run that '
             "starts at the true A shows what the likelihood leaves to find: the error of its maximum, with no search.",
             "",

@@ -210,9 +210,11 @@ def _combine(law, covariance, noise, d, count, num_sources):
 
 
 def _combine_alike(law, covariance, noise, d, count, num_sources):
-    """`_combine`, but with the same coefficients for all sources that cannot be told from the law of the others.
+    """`_combine`, but with the same coefficients for all sources whose laws cannot be told from each other.
 
-    Signs of sources are arbitrary, so that a common score is odd; a source that is skewed is told apart by that.
+    The tails are heavy or light as E f' - E f u is positive or negative for f = u / (c + u^2): those of either kind are
+    compared with what they have in common. Signs of sources are arbitrary, so that a common score is odd; a source that
+    is skewed is told apart by that.
     """
     xp = library(d)
     odd = np.array([index not in law.even for index in range(law.size)], float).astype(d.dtype)
@@ -220,24 +222,26 @@ def _combine_alike(law, covariance, noise, d, count, num_sources):
     lengths = xp.sqrt(xp.maximum(xp.diagonal(noise, axis1=1, axis2=2), _RIDGE))
     outer = lengths[:, :, None] * lengths[:, None, :]
     precision = count * xp.linalg.inv(noise / outer + 1e-4 * xp.eye(law.size, dtype=d.dtype)) / outer
+    light = (d[:, 1] < covariance[:, 0, 1]).astype(int)
 
     def together(alike):
-        share = (alike / xp.maximum(alike.sum(), 1)).astype(d.dtype)
-        mean = lambda a: xp.tensordot(share, a, 1)[None]
-        return mean(covariance) * both, mean(noise) * both, mean(d) * odd
+        members = (alike * (light == np.arange(2)[:, None])).astype(d.dtype)
+        totals = members.sum(axis=1)
+        mean = lambda a: xp.tensordot(members / xp.maximum(totals, 1)[:, None], a, 1)
+        return (mean(covariance) * both, mean(noise) * both, mean(d) * odd), count * totals + 1
 
     def fits(common):
-        rest = d - covariance @ common[0]
+        rest = d - (covariance @ common[:, :, None])[:, :, 0]
         return (rest * (precision @ rest[:, :, None])[:, :, 0]).sum(axis=1) < _ALIKE
 
-    own_and_common = map(xp.concatenate, zip((covariance, noise, d), together(xp.ones(num_sources)), strict=True))
-    each = np.arange(num_sources + 1) < num_sources
-    counts, sources = np.where(each, count, count * num_sources), np.where(each, num_sources, 1)
-    coefficients = _combine(law, *own_and_common, counts, sources)
-    own, common = coefficients[:-1], coefficients[-1:]
+    means, totals = together(xp.ones(num_sources))
+    counts = xp.concatenate([xp.full(num_sources, count, d.dtype), totals.astype(d.dtype)])
+    own_and_common = map(xp.concatenate, zip((covariance, noise, d), means, strict=True))
+    found = _combine(law, *own_and_common, counts, np.append(np.full(num_sources, num_sources), [1, 1]))
+    own, common = found[:num_sources], found[num_sources:][light]
     alike = fits(common)
     if xp is jnp or alike.any() > alike.all():  # those of another law have had a say: once more without them
-        common = _combine(law, *together(alike), count * alike.sum() + 1, 1)
+        common = _combine(law, *together(alike)[0], together(alike)[1], 1)[light]
         alike = alike & fits(common)
     return xp.where(alike[:, None], common, own)
 
