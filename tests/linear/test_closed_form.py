@@ -117,7 +117,7 @@ def test_sources_of_one_law_share_a_score():
     project = jax.jit(lambda u: _scores.project(law, jnp.eye(9), _host.blocks(u), count)[0])
     grid = np.linspace(-1.6, 1.6, 61) * np.ones((9, 1))
     on_device = np.asarray(project(jnp.asarray(u)))
-    np.testing.assert_allclose(law.score(on_device, grid), law.score(coefficients, grid), atol=0.05, rtol=0.05)
+    np.testing.assert_allclose(law.score(on_device, grid), law.score(coefficients, grid), atol=0.2, rtol=0.05)
 
 
 def test_a_score_of_two_values_is_no_accident():

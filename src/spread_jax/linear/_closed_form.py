@@ -24,7 +24,7 @@ _FEWEST, _MOST = 4096, 32768
 _FIRST_STEPS = 100
 # Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
 # go on to follow the sources can go round in circles with them.
-_SETTLED, _FOLLOW = 0.5, 8
+_SETTLED, _FOLLOW = 0.5, 4
 # Steps before it is asked whether the estimates are correlated.
 _FREE = 5
 
@@ -43,31 +43,39 @@ def fixed_point(v, start, *, max_iterations: int, tolerance: float):
       start: [Z, Z], orthogonal.
 
     Returns:
-      (W, iterations, contrast); the contrast of independent sources is the larger, whatever their law.
+      (W, iterations).
     """
     xp = library(v)
     v_blocks = blocks(v)
 
-    def averages(w):
-        def statistics(v, weights):
-            u = w.astype(v.dtype) @ v
-            r = 1 / xp.sqrt(1 + u * u)
-            return (u * r) @ (v * weights).T, (r * r * r * weights).sum(axis=1)
-
-        return mean_over(statistics, v_blocks)
-
     def body(carry):
         w, _, t = carry
-        g_v, slope = averages(w)
+        g_v, slope = _contrast_averages(w, v_blocks)
         new = polar(g_v - slope[:, None] * w)
         turn = xp.max(xp.abs(1 - xp.abs((new * w).sum(axis=1))))
         return new, turn, t + 1
 
     carry = (start, xp.asarray(math.inf, start.dtype), 0)
     w, _, t = while_loop(lambda c: (c[1] > tolerance) & (c[2] < max_iterations), body, carry, xp)
-    # How far E[g(u) u] lies from its value for a Gaussian, E g'(u): both signs of kurtosis count.
-    g_v, slope = averages(w)
-    return w, t, xp.square((g_v * w).sum(axis=1) - slope).sum()
+    return w, t
+
+
+def _contrast_averages(w, v_blocks):
+    """E[g(u) v^T] and E g'(u) for u = W v."""
+    xp = library(w)
+
+    def statistics(v, weights):
+        u = w.astype(v.dtype) @ v
+        r = 1 / xp.sqrt(1 + u * u)
+        return (u * r) @ (v * weights).T, (r * r * r * weights).sum(axis=1)
+
+    return mean_over(statistics, v_blocks)
+
+
+def contrast(v, w):
+    """How far E[g(u) u] lies from its value for a Gaussian, E g'(u): largest for independent sources of any law."""
+    g_v, slope = _contrast_averages(w, blocks(v))
+    return library(v).square((g_v * w).sum(axis=1) - slope).sum()
 
 
 def part_pairs(v, w):
@@ -254,9 +262,10 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     close = max(1e-4, 0.2 * num_sources / first_look)  # a row turned by less than its standard error
     run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=close)
     if len(starts) == 1:
-        w, t, _ = run(starts[0])
+        w, t = run(starts[0])
     else:
-        found = [run(start) for start in starts] if xp is np else jax.vmap(run)(starts)
+        both = lambda start: (lambda w, t: (w, t, contrast(look, w)))(*run(start))
+        found = [both(start) for start in starts] if xp is np else jax.vmap(both)(starts)
         found = tuple(map(np.stack, zip(*found, strict=True))) if xp is np else found
         best = xp.argmax(found[2])
         w, t = found[0][best], found[1][best]

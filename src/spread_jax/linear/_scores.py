@@ -227,7 +227,8 @@ def _combine_alike(law, covariance, noise, d, count, num_sources):
     def together(alike):
         members = (alike * (light == np.arange(2)[:, None])).astype(d.dtype)
         totals = members.sum(axis=1)
-        mean = lambda a: xp.tensordot(members / xp.maximum(totals, 1)[:, None], a, 1)
+        share = members / xp.maximum(totals, 1)[:, None]
+        mean = lambda a: (share @ a.reshape(num_sources, -1)).reshape(2, *a.shape[1:])
         return (mean(covariance) * both, mean(noise) * both, mean(d) * odd), count * totals + 1
 
     def fits(common):
@@ -240,7 +241,8 @@ def _combine_alike(law, covariance, noise, d, count, num_sources):
     found = _combine(law, *own_and_common, counts, np.append(np.full(num_sources, num_sources), [1, 1]))
     own, common = found[:num_sources], found[num_sources:][light]
     alike = fits(common)
-    if xp is jnp or alike.any() > alike.all():  # those of another law have had a say: once more without them
+    mixed = lambda side: 0 < (alike & (light == side)).sum() < (light == side).sum()
+    if xp is jnp or mixed(0) or mixed(1):  # those of another law have had a say: once more without them
         common = _combine(law, *together(alike)[0], together(alike)[1], 1)[light]
         alike = alike & fits(common)
     return xp.where(alike[:, None], common, own)
