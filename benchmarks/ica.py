@@ -3,6 +3,7 @@
   python -m benchmarks.ica                          all tables, a few data sets for each row: about MINUTES minutes
   python -m benchmarks.ica --full                   the published tables: half an hour on 2 cores
   python -m benchmarks.ica --part mixes             sources of different laws: all pairs of eight, and five at once
+  python -m benchmarks.ica --part hum               hum of the mains beside a signal
   python -m benchmarks.ica --part times             CPU seconds, warm, and of a first fit in a new process
 
 In the tables of one law data are x = A z with A of entries +-1, X = 20, Z = 10, no noise, sources of unit variance.
@@ -53,7 +54,7 @@ class Config:
     """Data sets for each row of 100,000 examples in the table of mixes."""
     full: bool = False
     """As published: 20 data sets for each row, 10 for those that take long."""
-    part: Literal["all", "square", "overcomplete", "mixes", "times"] = "all"
+    part: Literal["all", "square", "overcomplete", "mixes", "hum", "times"] = "all"
     """What to run; the tables of the other parts are kept from an earlier run."""
     out: Path = Path("docs/benchmarks")
     """Folder for ica.json and ica.md."""
@@ -277,6 +278,19 @@ def mixes(config: Config) -> list[dict]:
     return rows
 
 
+def hum(seeds: int) -> dict:
+    """Direction errors on 50,000 examples of a logistic source and the hum of the mains, sampled at 1 kHz."""
+    mixing, errors = np.array([[1.0, 0.5], [0.5, 1.0]]), {name: [] for name in MIXED}
+    for seed in range(seeds):
+        noise = LAWS["logistic"](np.random.default_rng(seed), 50_000)
+        wave = np.sqrt(2) * np.sin(2 * np.pi * 50 * np.arange(50_000) / 1000)
+        x = np.stack([noise, wave], axis=1) @ mixing.T
+        for name, method in MIXED.items():
+            errors[name].append(mixing_error(method(x, 2, seed), mixing, kind="direction"))
+    print(errors, flush=True)
+    return errors
+
+
 SIZES = (
     *((count, size, size) for count in (300, 1000, 10_000) for size in (2, 4, 16)),
     *((count, size, size) for count in (10_000, 100_000) for size in (64,)),
@@ -445,7 +459,7 @@ def as_markdown(results: dict) -> str:
                 f"| {row['sources']} | {row['count']:,} | {STARTS[row['runs']]} | {row['median_direction']:.3f} | "
                 f"{row['all_columns_found']} of {row['seeds']} | {row['cpu_seconds']:.1f} |"
             )
-    lines += [*mixes_as_markdown(results["mixes"]), *times_as_markdown(results["times"])]
+    lines += mixes_as_markdown(results["mixes"]) + hum_as_markdown(results["hum"]) + times_as_markdown(results["times"])
     return "\n".join(lines) + "\n"
 
 
@@ -489,6 +503,22 @@ def mixes_as_markdown(rows: list[dict]) -> list[str]:
             f"source: {failures}. SpreadICA over the bound: median {np.median(regular):.2f}, most {max(regular):.2f}.",
         ]
     return lines
+
+
+def hum_as_markdown(found: dict) -> list[str]:
+    """The first error and the mean."""
+    if not found:
+        return []
+    values = ", ".join(f"{name} {errors[0]:.4f} ({np.mean(errors):.4f})" for name, errors in found.items())
+    seeds = len(found["SpreadICA"])
+    return [
+        "",
+        "## Hum of the mains",
+        "",
+        f"`python -m benchmarks.ica --part hum --seeds {seeds}`: 50,000 examples at 1 kHz of a logistic source and of "
+        "sin(2 pi 50 t), mixed by [[1, .5], [.5, 1]]. Direction error of seed 0, in brackets the mean of seeds 0 to "
+        f"{seeds - 1}: {values}.",
+    ]
 
 
 def times_as_markdown(found: dict) -> list[str]:
@@ -549,6 +579,7 @@ def main(config: Config) -> None:
         "square": square,
         "overcomplete": more,
         "mixes": mixes(config) if config.part in ("all", "mixes") else earlier.get("mixes", []),
+        "hum": hum(config.seeds) if config.part in ("all", "hum") else earlier.get("hum", {}),
         "times": times() if config.part in ("all", "times") else earlier.get("times", {}),
         "cores": os.cpu_count(),
         "machine": platform.machine(),

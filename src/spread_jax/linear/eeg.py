@@ -95,8 +95,8 @@ def spread_ica(
 def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0.1, **fit):
     """Fits `mne.preprocessing.ICA` by `spread_ica`; whatever MNE does with a fitted ICA works as ever.
 
-    MNE scales, projects and whitens the data, and one iteration of its own Infomax makes a fitted ICA of them; its
-    sources are then turned into independent ones. Through MNE's public methods alone.
+    MNE scales, projects and whitens the data, and its own Infomax, allowed no iteration, makes a fitted ICA of them;
+    its sources are then turned into independent ones. Through MNE's public methods alone.
 
     Args:
       ica: an `mne.preprocessing.ICA` that is not fitted; its method and iterations do not matter.
@@ -113,7 +113,7 @@ def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0
       ica = fit_mne(mne.preprocessing.ICA(n_components=20), raw, random_state=0)
       ica.plot_components()
     """
-    ica.method, ica.fit_params = "infomax", {"max_iter": 1}
+    ica.method, ica.fit_params = "infomax", {"max_iter": 0}
     ica.fit(inst, **fit)
     sources = _fitted_sources(ica, inst, **fit)
     K, W, _, num_iterations = spread_ica(
