@@ -9,7 +9,7 @@
 In the tables of one law data are x = A z with A of entries +-1, X = 20, Z = 10, no noise, sources of unit variance.
 Errors are means over entries of |A_est - A| / |A| after matching signs and order ("raw"), and after giving columns the
 right lengths ("direction"). A fit that misses a source, with a cosine below 0.9, counts as failed. Every method sees
-each data set in turn, in one process; times are warm (the second fit of the same shapes), the first is listed apart.
+each data set in turn, in one process; times are CPU seconds of warm fits, those of a first fit are listed apart.
 
 Writes ica.json and ica.md.
 """
@@ -102,6 +102,15 @@ def picard_tanh(x, columns, seed):
     return np.linalg.pinv(unmixing) * ((x - x.mean(axis=0)) @ unmixing.T).std(axis=0)
 
 
+KNOWN = {
+    "closed form, Laplace": spread(source="laplace"),
+    "closed form, source='auto'": spread(),
+    "natural gradient": spread(method="natural_gradient"),
+    "FastICA": fast_ica,
+    "Picard, tanh": picard_tanh,
+}
+
+
 def worst_cosine(mixing: np.ndarray, truth: np.ndarray) -> float:
     """The least cosine of a true column with its estimate."""
     matched = match_columns(mixing, truth, kind="direction")
@@ -111,22 +120,15 @@ def worst_cosine(mixing: np.ndarray, truth: np.ndarray) -> float:
 def measure(methods: dict[str, Callable], seeds: int, count: int, law: str) -> list[dict]:
     """A row for each method, over the same data sets."""
     found: dict[str, list] = {name: [] for name in methods}
-    compile_seconds = {}
     for seed in range(seeds):
         x, truth = data_set(seed, count, 20, 10, law)
         for name, method in methods.items():
-            if not seed:
-                began = time.perf_counter()
-                method(x, 10, seed)
-                compile_seconds[name] = time.perf_counter() - began
-            began = time.perf_counter()
             mixing = method(x, 10, seed)
-            seconds = time.perf_counter() - began
             errors = [mixing_error(mixing, truth, kind=kind) for kind in ("raw", "direction")]
-            found[name].append((*errors, worst_cosine(mixing, truth), seconds))
+            found[name].append((*errors, worst_cosine(mixing, truth)))
     rows = []
     for name, runs in found.items():
-        raw, direction, cosine, seconds = np.array(runs).T
+        raw, direction, cosine = np.array(runs).T
         rows.append({
             "law": law,
             "count": count,
@@ -137,10 +139,11 @@ def measure(methods: dict[str, Callable], seeds: int, count: int, law: str) -> l
             "direction_median": np.median(direction),
             "direction_standard_error": direction.std(ddof=1) / np.sqrt(seeds) if seeds > 1 else 0.0,
             "failures": int((cosine < 0.9).sum()),
-            "seconds": np.median(seconds),
-            "first_seconds": compile_seconds[name],
         })  # fmt: skip
-        print(describe(rows[-1]), flush=True)
+        print(
+            {name: value if isinstance(value, (str, int)) else round(value, 4) for name, value in rows[-1].items()},
+            flush=True,
+        )
     return rows
 
 
@@ -348,6 +351,15 @@ def times() -> dict:
                 row[name] = cpu_seconds(lambda x=x, columns=columns, method=method: method(x, columns, 0))
         warm.append(row)
         print(row, flush=True)
+    known = []
+    for count in (20_000, 5000, 1000):
+        x, _ = data_set(0, count, 20, 10, "Laplace")
+        for name, method in KNOWN.items():
+            if name != "natural gradient" or count == 20_000:
+                method(x, 10, 0)  # compiles
+                seconds = cpu_seconds(lambda x=x, method=method: method(x, 10, 0))
+                known.append({"count": count, "method": name, "seconds": seconds})
+                print(known[-1], flush=True)
     recordings = dict.fromkeys(methods, 0.0)
     for index in range(5):
         rng = np.random.default_rng(index)
@@ -361,14 +373,7 @@ def times() -> dict:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         first[name] = [float(value) for value in done.stdout.split()]
     print(first, flush=True)
-    return {"warm": warm, "recordings": recordings, "first": first}
-
-
-def describe(row: dict) -> str:
-    """One line."""
-    errors = f"raw {row['raw']:.4f} direction {row['direction']:.4f} median {row['direction_median']:.4f}"
-    seconds = f"warm {row['seconds']:.3f} s first {row['first_seconds']:.1f} s"
-    return f"{row['law']:16s} N={row['count']:6d} {row['method']:28s} {errors} failures {row['failures']} {seconds}"
+    return {"warm": warm, "known": known, "recordings": recordings, "first": first}
 
 
 def overcomplete(seeds: int) -> list[dict]:
@@ -428,11 +433,10 @@ def as_markdown(results: dict) -> str:
         f"`python -m benchmarks.ica --part square --seeds {results['square'][0]['seeds']}`, seeds from 0, "
         f"{results['cores']} CPU cores, jax {results['versions']['jax']}, scikit-learn "
         f"{results['versions']['scikit-learn']}, python-picard {results['versions']['python-picard']}. X = 20, Z = 10, "
-        "no noise. Errors are means over data sets; where a ratio to FastICA exceeds 1, FastICA is better. Seconds are "
-        "medians of warm fits; the first fit compiles.",
+        "no noise. Errors are means over data sets; where a ratio to FastICA exceeds 1, FastICA is better.",
         "",
-        "| sources | N | method | raw | direction | direction / FastICA | failed | warm s | warm / FastICA | first s |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| sources | N | method | raw | direction | direction / FastICA | failed |",
+        "|---|---|---|---|---|---|---|",
     ]
     base = {(row["law"], row["count"]): row for row in results["square"] if row["method"] == "FastICA"}
     for row in results["square"]:
@@ -440,8 +444,7 @@ def as_markdown(results: dict) -> str:
         lines.append(
             f"| {row['law']} | {row['count']:,} | {row['method']} | {row['raw']:.4f} | {row['direction']:.4f} ± "
             f"{row['direction_standard_error']:.4f} | {row['direction'] / peer['direction']:.2f} "
-            f"({row['direction_median'] / peer['direction_median']:.2f} of medians) | {row['failures']} | "
-            f"{row['seconds']:.3f} | {row['seconds'] / peer['seconds']:.2f} | {row['first_seconds']:.1f} |"
+            f"({row['direction_median'] / peer['direction_median']:.2f} of medians) | {row['failures']} |"
         )
     if results["overcomplete"]:
         seeds = results["overcomplete"][0]["seeds"]
@@ -459,14 +462,13 @@ def as_markdown(results: dict) -> str:
                 f"| {row['sources']} | {row['count']:,} | {STARTS[row['runs']]} | {row['median_direction']:.3f} | "
                 f"{row['all_columns_found']} of {row['seeds']} | {row['cpu_seconds']:.1f} |"
             )
-    lines += mixes_as_markdown(results["mixes"]) + hum_as_markdown(results["hum"]) + times_as_markdown(results["times"])
+    for name, as_lines in (("mixes", mixes_as_markdown), ("hum", hum_as_markdown), ("times", times_as_markdown)):
+        lines += as_lines(results[name]) if results[name] else []
     return "\n".join(lines) + "\n"
 
 
 def mixes_as_markdown(rows: list[dict]) -> list[str]:
     """Mean errors of every mix, and in how many the best of the others is better."""
-    if not rows:
-        return []
     others = [name for name in MIXED if name != "SpreadICA"]
     lines = [
         "",
@@ -507,8 +509,6 @@ def mixes_as_markdown(rows: list[dict]) -> list[str]:
 
 def hum_as_markdown(found: dict) -> list[str]:
     """The first error and the mean."""
-    if not found:
-        return []
     values = ", ".join(f"{name} {errors[0]:.4f} ({np.mean(errors):.4f})" for name, errors in found.items())
     seeds = len(found["SpreadICA"])
     return [
@@ -523,8 +523,6 @@ def hum_as_markdown(found: dict) -> list[str]:
 
 def times_as_markdown(found: dict) -> list[str]:
     """CPU seconds."""
-    if not found:
-        return []
     names = ("SpreadICA", "FastICA", "Picard-O, extended")
     lines = [
         "",
@@ -540,6 +538,17 @@ def times_as_markdown(found: dict) -> list[str]:
         values = " | ".join(f"{row[name]:.4f}" if name in row else "-" for name in names)
         ratio = row["SpreadICA"] / row["FastICA"]
         lines.append(f"| {row['count']:,} | {row['size']} | {row['columns']} | {values} | {ratio:.2f} |")
+    lines += [
+        "",
+        "Ten Laplace sources in 20 dimensions, as in the first table:",
+        "",
+        "| N | method | CPU seconds | / FastICA |",
+        "|---|---|---|---|",
+    ]
+    peers = {row["count"]: row["seconds"] for row in found["known"] if row["method"] == "FastICA"}
+    for row in found["known"]:
+        ratio = row["seconds"] / peers[row["count"]]
+        lines.append(f"| {row['count']:,} | {row['method']} | {row['seconds']:.4f} | {ratio:.2f} |")
     recordings = ", ".join(f"{name} {found['recordings'][name]:.2f}" for name in names)
     first = "; ".join(
         f"{name} {fit:.2f} after {imports:.2f} of importing" for name, (imports, fit) in found["first"].items()
@@ -557,19 +566,12 @@ def main(config: Config) -> None:
     if config.full:
         config = dataclasses.replace(config, seeds=20, overcomplete_seeds=10, large_seeds=10)
     warnings.simplefilter("ignore")  # of peers that did not converge: their errors are in the table
-    known = {
-        "closed form, Laplace": spread(source="laplace"),
-        "closed form, source='auto'": spread(),
-        "natural gradient": spread(method="natural_gradient"),
-        "FastICA": fast_ica,
-        "Picard, tanh": picard_tanh,
-    }
-    unknown = {name: known[name] for name in ("closed form, source='auto'", "FastICA", "Picard, tanh")}
+    unknown = {name: KNOWN[name] for name in ("closed form, source='auto'", "FastICA", "Picard, tanh")}
     path = config.out / "ica.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     square, more = earlier.get("square", []), earlier.get("overcomplete", [])
     if config.part in ("all", "square"):
-        square = [row for count in (20_000, 5000, 1000) for row in measure(known, config.seeds, count, "Laplace")]
+        square = [row for count in (20_000, 5000, 1000) for row in measure(KNOWN, config.seeds, count, "Laplace")]
         for law in list(LAWS)[1:]:
             square += [row for count in (20_000, 1000) for row in measure(unknown, config.seeds, count, law)]
     if config.part in ("all", "overcomplete"):
