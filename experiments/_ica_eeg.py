@@ -1,6 +1,6 @@
 """Blinks taken out of a simulated EEG recording by MNE-Python's ICA, with each method.
 
-  python -m experiments._ica_eeg     needs MNE (pip install mne); a minute, most of it Infomax's, which sees one seed of two
+  python -m experiments._ica_eeg     needs MNE (pip install mne); about a minute, most of it Infomax's
 
 32 channels, 120 s at 250 Hz, in volts: cortical sources with alpha rhythm, hum of the mains, muscle, sensor noise, an
 average reference, a bad channel, and blinks whose field falls off from the eyes. Writes docs/images/ica_eeg.png.
@@ -129,7 +129,7 @@ def main() -> None:
     print("| method | amplitude left, µV | left or taken out besides | CPU seconds |\n|---|---|---|---|")
     for method in ("spread", "picard", "fastica", "infomax"):
         found = []
-        for seed in range(1 if method == "infomax" else 2):
+        for seed in range(2):
             raw, blinks = simulate(seed)
             amplitude, left, seconds, ica, cleaned = clean(raw, blinks, method, seed)
             found.append((amplitude, left, seconds))
