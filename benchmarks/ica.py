@@ -1,6 +1,6 @@
 """ICA against scikit-learn's FastICA and Picard on the same data sets: error, failures and time.
 
-  python -m benchmarks.ica                          all tables, a few data sets for each row: about MINUTES minutes
+  python -m benchmarks.ica                          all tables, a few data sets for each row: about 5 minutes
   python -m benchmarks.ica --full                   the published tables: half an hour on 2 cores
   python -m benchmarks.ica --part mixes             sources of different laws: all pairs of eight, and five at once
   python -m benchmarks.ica --part hum               hum of the mains beside a signal
