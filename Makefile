@@ -68,7 +68,7 @@ bench-gpu: $(VENV)/.dev ## An accelerator in one call: precisions, batches, grad
 profile: $(VENV)/.dev ## A trace of the train step and its ten costliest operations
 	$(RUN) -m benchmarks.profile $(ARGS)
 
-bench-ica: $(VENV)/.dev ## ICA against FastICA and Picard: errors, failures and times; about 8 minutes on 2 cores
+bench-ica: $(VENV)/.dev ## ICA against FastICA, Picard and JADE: errors and times; about 5 minutes, ARGS=--full about half an hour
 	$(RUN) -m benchmarks.ica $(ARGS)
 
 chaos: $(VENV)/.dev ## Kill, damage and starve KILLS=50 training runs, fuzz the readers; writes docs/benchmarks/faults.md

@@ -101,6 +101,55 @@ def test_a_named_law_gets_its_own_score():
         assert np.corrcoef(law.score(coefficients, u)[row], psi[row])[0, 1] > 0.99
 
 
+def test_sources_of_one_law_share_a_score():
+    """Also where some are of another law; those are told apart, a skewed one too, whose even part has a sign."""
+    rng, count = np.random.default_rng(0), 2000
+    u = np.concatenate(
+        [LAWS["laplace"](rng, (6, count)), LAWS["uniform"](rng, (2, count)), LAWS["gamma"](rng, (1, count))]
+    )
+    law = _scores.AnyLaw(9, count)
+    coefficients, _ = _scores.project(law, np.eye(9), _host.blocks(u), count)
+    np.testing.assert_array_equal(coefficients[:6], coefficients[:1].repeat(6, axis=0))
+    assert len(np.unique(coefficients, axis=0)) == 4
+    np.testing.assert_array_equal(coefficients[:6, list(law.even)], 0)
+    assert (np.abs(coefficients[8, list(law.even)]) > 0).any()
+    # In JAX from the examples themselves, not from a histogram of them.
+    project = jax.jit(lambda u: _scores.project(law, jnp.eye(9), _host.blocks(u), count)[0])
+    grid = np.linspace(-1.6, 1.6, 61) * np.ones((9, 1))
+    on_device = np.asarray(project(jnp.asarray(u)))
+    np.testing.assert_allclose(law.score(on_device, grid), law.score(coefficients, grid), atol=0.2, rtol=0.05)
+
+
+def test_a_law_that_is_little_different_is_told_apart():
+    rng, count = np.random.default_rng(0), 2000
+    u = np.concatenate([LAWS["laplace"](rng, (8, count)), LAWS["logistic"](rng, (1, count))])
+    coefficients, _ = _scores.project(_scores.AnyLaw(9, count), np.eye(9), _host.blocks(u), count)
+    assert len(np.unique(coefficients[:8], axis=0)) == 1
+    assert np.abs(coefficients[8] - coefficients[0]).max() > 0
+
+
+def test_functions_that_chance_alone_asks_for_do_not_count():
+    """The score of a Gaussian source is u; three of seven functions always count."""
+    grid, count, errors = np.linspace(-5, 5, 401), 1000, []
+    law, density = _scores.AnyLaw(1, count), scipy.stats.norm.pdf(grid)
+    for seed in range(20):
+        u = np.random.default_rng(seed).normal(size=(1, count))
+        coefficients, _ = _scores.project(law, np.eye(1), _host.blocks(u), count)
+        errors.append(density @ (law.score(coefficients, grid[None])[0] - grid) ** 2 / density.sum())
+    assert np.mean(errors) < 0.15  # 0.06; 0.4 if all of them counted
+
+
+def test_a_score_of_two_values_is_no_accident():
+    """For signs, even functions hardly vary: what their coefficients would be is chance."""
+    mixing = np.array([[1.0, 0.5], [0.5, 1.0]])
+    errors = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        z = np.stack([LAWS[law](rng, 1000) for law in ("signs", "student_5")], axis=1)
+        errors.append(mixing_error(ica.fit(z @ mixing.T, 2, key=KEY).mixing, mixing, kind="direction"))
+    assert np.mean(errors) < 0.012  # 0.02, were nothing taken off
+
+
 # Steps
 
 
@@ -249,10 +298,41 @@ def test_closed_form_reaches_the_cramer_rao_bound_and_beats_fastica(large):
         np.testing.assert_allclose(z.std(axis=0), 1, atol=0.05)
 
 
+def test_without_the_law_the_error_is_nearly_that_with_it():
+    """Ten sources of one law and few examples: each alone would have its score from a tenth of them."""
+    errors = []
+    for seed in range(6):
+        x, truth = laplace_data(seed, 1000, 20, 10)
+        fits = [ica.fit(x, 10, source=source, key=KEY) for source in ("auto", "laplace")]
+        errors.append([direction_error(result.mixing, truth) for result in fits])
+    unknown, known = np.mean(errors, axis=0)
+    assert unknown < 1.06 * known  # 1.12 with scores of each source's own
+
+
+def test_many_sources_and_few_examples():
+    """Of 8,192 examples no fixed point finds anything of 128 sources."""
+    rng = np.random.default_rng(0)
+    z = LAWS["laplace"](rng, (10_000, 128))
+    z[:, ::2] = LAWS["uniform"](rng, (10_000, 64))
+    mixing = rng.normal(size=(128, 128))
+    result = ica.fit((z @ mixing.T).astype(np.float32), 128, key=KEY)
+    assert bool(result.converged)
+    sources = np.abs(result.unmixing @ mixing)
+    assert sorted(sources.argmax(axis=0)) == list(range(128))
+    assert sources.max(axis=0).min() > 0.95
+
+
 # A heavy or a Gaussian tail with a light one.
 @pytest.mark.parametrize(
     "laws",
-    [("logistic", "uniform"), ("gauss", "uniform"), ("laplace", "uniform"), ("gauss", "student_5", "uniform", "gamma")],
+    [
+        ("logistic", "uniform"),
+        ("gauss", "uniform"),
+        ("laplace", "uniform"),
+        ("signs", "student_5"),
+        ("gamma", "logistic"),
+        ("gauss", "student_5", "uniform", "gamma"),
+    ],
 )
 def test_sources_of_different_laws_are_found_better_than_by_fastica(laws):
     from sklearn.decomposition import FastICA

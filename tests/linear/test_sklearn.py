@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.sparse
+import scipy.stats
 from sklearn.base import clone
 from sklearn.decomposition import PCA, FastICA
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
@@ -63,6 +64,67 @@ def test_ica_finds_the_mixing_in_unit_variance_sources(mixed):
     np.testing.assert_allclose(z.std(axis=0), 1, atol=0.1)
     correlation = np.abs(np.corrcoef(z.T, sources.T)[:3, 3:])
     assert np.sort(correlation.max(axis=0))[0] > 0.99
+
+
+def test_the_score_is_that_of_quadrature(mixed):
+    X, _, _ = mixed
+    model = SpreadICA(3, random_state=0).fit(X)
+    rng = np.random.default_rng(1)
+    points = np.concatenate([X[:20], X[:10] + rng.normal(size=(10, 5)), 3 * X[:5]])
+    # The law of a source: a kernel at each training value and, with the weight of one, a Cauchy law.
+    s, nodes, weights = 0.1, *np.polynomial.hermite_e.hermegauss(41)
+    u, training = (points - model.mean_) @ model.components_.T, model.transform(X)
+    spread = u[:, :, None] + s * nodes
+    kernels = scipy.stats.norm.pdf(spread[:, :, None], training.T[None, :, :, None], s).sum(axis=2)
+    log_density = np.log((kernels + scipy.stats.cauchy.pdf(spread)) / (len(X) + 1))
+    along = (log_density @ weights / weights.sum()).sum(axis=1)
+    # At right angles to A: a Gaussian, whose argument is spread by it too.
+    A = model.mixing_
+    outside = points - model.mean_ - u @ A.T
+    sigma = 0.1 * np.sqrt(X.var(axis=0).mean())
+    across = scipy.stats.norm.logpdf(outside, scale=sigma).sum(axis=1) - 1  # two dimensions, half a nat for each
+    across += 3 * np.log(sigma * np.sqrt(2 * np.pi))  # three of the five are not there
+    expected = along - 0.5 * np.linalg.slogdet(A.T @ A)[1] + across
+    np.testing.assert_allclose(model.score_samples(points), expected, rtol=1e-3, atol=0.03)
+    assert model.score(points) == pytest.approx(expected.mean(), abs=0.01)
+
+
+def test_the_score_prefers_independent_sources_on_data_not_seen(mixed):
+    X = mixed[0]
+    model = SpreadICA(3, random_state=2).fit(X[:2000])
+    with pytest.warns(ConvergenceWarning):
+        early = SpreadICA(3, random_state=2, max_iter=1).fit(X[:2000])
+    assert model.score(X[2000:]) > early.score(X[2000:]) + 0.02
+
+
+def test_a_fit_starts_where_it_is_told(mixed):
+    X = mixed[0]
+    found = SpreadICA(3, random_state=0).fit(X)
+    rotation = found.components_ @ np.linalg.pinv(found.whitening_)
+    again = SpreadICA(3, w_init=rotation, random_state=1).fit(X)
+    np.testing.assert_allclose(again.mixing_, found.mixing_, atol=1e-2)
+    assert again.n_iter_ < found.n_iter_
+    errors = []
+    for start in ({"w_init": rotation}, *({"random_state": seed} for seed in range(4))):
+        with pytest.warns(ConvergenceWarning):
+            model = SpreadICA(3, max_iter=1, **start).fit(X)
+        errors.append(mixing_error(model.mixing_, found.mixing_))
+    assert errors[0] < 0.7 * min(errors[1:])
+    with pytest.raises(ValueError, match=r"w_init must have shape \(3, 3\), got \(2, 2\)"):
+        SpreadICA(3, w_init=np.eye(2)).fit(X)
+
+
+def test_white_data_are_not_whitened_again(mixed):
+    X = mixed[0]
+    white = SpreadICA(3, random_state=0).fit(X)
+    V = (X - white.mean_) @ white.whitening_.T
+    model = SpreadICA(whiten=False, random_state=0).fit(V)
+    np.testing.assert_array_equal(model.whitening_, np.eye(3))
+    np.testing.assert_array_equal(model.mean_, 0)
+    together = np.abs(model.transform(V).T @ white.transform(X)) / len(X)
+    np.testing.assert_allclose(np.sort(together.max(axis=1)), 1, atol=1e-2)
+    with pytest.raises(ValueError, match="n_components must be None or 3, the features of X, with whiten=False"):
+        SpreadICA(2, whiten=False).fit(V)
 
 
 def test_pca_is_the_core_and_scikit_learns(mixed):

@@ -15,14 +15,16 @@ import numpy as np
 from spread_jax.linear import _scores
 from spread_jax.linear._host import blocks, cond, library, mean_over, some_columns, while_loop
 
-# Examples that the fixed point and, of more than twice as many, the first of Newton's steps look at.
+# Examples that the fixed point and, of more than twice as many, the first of Newton's steps look at; with many sources
+# 4 Z^2: the fewer, the more steps it takes, and from Z^2 / 2 it finds nothing.
 _FIRST_LOOK = 8192
-# Scores are estimated from a quarter of the examples, but from no fewer and no more than these.
+# Scores are estimated from all examples where a histogram tells of them; else from a quarter of them, but from no fewer
+# and no more than these.
 _FEWEST, _MOST = 4096, 32768
 _FIRST_STEPS = 100
 # Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
 # go on to follow the sources can go round in circles with them.
-_SETTLED, _FOLLOW = 0.5, 8
+_SETTLED, _FOLLOW = 0.5, 4
 # Steps before it is asked whether the estimates are correlated.
 _FREE = 5
 
@@ -41,31 +43,39 @@ def fixed_point(v, start, *, max_iterations: int, tolerance: float):
       start: [Z, Z], orthogonal.
 
     Returns:
-      (W, iterations, contrast); the contrast of independent sources is the larger, whatever their law.
+      (W, iterations).
     """
     xp = library(v)
     v_blocks = blocks(v)
 
-    def averages(w):
-        def statistics(v, weights):
-            u = w.astype(v.dtype) @ v
-            r = 1 / xp.sqrt(1 + u * u)
-            return (u * r) @ (v * weights).T, (r * r * r * weights).sum(axis=1)
-
-        return mean_over(statistics, v_blocks)
-
     def body(carry):
         w, _, t = carry
-        g_v, slope = averages(w)
+        g_v, slope = _contrast_averages(w, v_blocks)
         new = polar(g_v - slope[:, None] * w)
         turn = xp.max(xp.abs(1 - xp.abs((new * w).sum(axis=1))))
         return new, turn, t + 1
 
     carry = (start, xp.asarray(math.inf, start.dtype), 0)
     w, _, t = while_loop(lambda c: (c[1] > tolerance) & (c[2] < max_iterations), body, carry, xp)
-    # How far E[g(u) u] lies from its value for a Gaussian, E g'(u): both signs of kurtosis count.
-    g_v, slope = averages(w)
-    return w, t, xp.square((g_v * w).sum(axis=1) - slope).sum()
+    return w, t
+
+
+def _contrast_averages(w, v_blocks):
+    """E[g(u) v^T] and E g'(u) for u = W v."""
+    xp = library(w)
+
+    def statistics(v, weights):
+        u = w.astype(v.dtype) @ v
+        r = 1 / xp.sqrt(1 + u * u)
+        return (u * r) @ (v * weights).T, (r * r * r * weights).sum(axis=1)
+
+    return mean_over(statistics, v_blocks)
+
+
+def contrast(v, w):
+    """How far E[g(u) u] lies from its value for a Gaussian, E g'(u): largest for independent sources of any law."""
+    g_v, slope = _contrast_averages(w, blocks(v))
+    return library(v).square((g_v * w).sum(axis=1) - slope).sum()
 
 
 def part_pairs(v, w):
@@ -191,7 +201,7 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
       `newton_step`, whether W is orthogonal).
     """
     xp, count, v_blocks = library(v), v.shape[1], blocks(v)
-    num_looked = min(max(count // 4, _FEWEST), _MOST)
+    num_looked = count if xp is np and law.smooth else min(max(count // 4, _FEWEST), _MOST, count)
     look = blocks(some_columns(v, num_looked), law.size)
     # Below this rounding, not the data, makes the steps.
     floor = 2000 * float(xp.finfo(v.dtype).eps)
@@ -246,13 +256,16 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     """
     xp = library(v)
     num_sources, count = v.shape
-    look = some_columns(v, _FIRST_LOOK)
+    first_look = min(max(_FIRST_LOOK, 4 * num_sources**2), count)
+    look = some_columns(v, first_look)
     first_steps = max(min(max_iterations // 2, _FIRST_STEPS), 1)
-    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=1e-4)
+    close = max(1e-4, 0.2 * num_sources / first_look)  # a row turned by less than its standard error
+    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=close)
     if len(starts) == 1:
-        w, t, _ = run(starts[0])
+        w, t = run(starts[0])
     else:
-        found = [run(start) for start in starts] if xp is np else jax.vmap(run)(starts)
+        both = lambda start: (lambda w, t: (w, t, contrast(look, w)))(*run(start))
+        found = [both(start) for start in starts] if xp is np else jax.vmap(both)(starts)
         found = tuple(map(np.stack, zip(*found, strict=True))) if xp is np else found
         best = xp.argmax(found[2])
         w, t = found[0][best], found[1][best]
@@ -278,7 +291,7 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     for _ in range(2 if observed and source is not None else 1):
         law, s, d = law_at(w)
         limits = {"max_iterations": max_iterations - 2, "tolerance": _SETTLED}
-        if xp is np and count > 2 * _FIRST_LOOK:  # JAX would compile it all twice
+        if xp is np and count > 2 * first_look:  # JAX would compile it all twice
             w, t, _, _, orthogonal = newton(look, law, w, noise, orthogonal, t, **limits)
         limits = {"max_iterations": max_iterations, "tolerance": tolerance}
         w, t, residual, leakage, orthogonal = newton(v, law, w, noise, orthogonal, t, **limits)

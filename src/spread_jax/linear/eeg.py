@@ -95,8 +95,8 @@ def spread_ica(
 def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0.1, **fit):
     """Fits `mne.preprocessing.ICA` by `spread_ica`; whatever MNE does with a fitted ICA works as ever.
 
-    MNE scales, projects and whitens the data, and one iteration of its own Infomax makes a fitted ICA of them; its
-    sources are then turned into independent ones. Through MNE's public methods alone.
+    MNE scales, projects and whitens the data, and its own Infomax, allowed no iteration, makes a fitted ICA of them;
+    its sources are then turned into independent ones. Through MNE's public methods alone.
 
     Args:
       ica: an `mne.preprocessing.ICA` that is not fitted; its method and iterations do not matter.
@@ -104,7 +104,7 @@ def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0
       random_state: as in `spread_ica`.
       max_iter: as in `spread_ica`.
       tol: as in `spread_ica`.
-      **fit: as in `ica.fit`, such as `picks`.
+      **fit: as in `ica.fit`, such as `picks`, `decim` or `reject`; samples that it rejects do not count here either.
 
     Returns:
       ica.
@@ -113,11 +113,9 @@ def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0
       ica = fit_mne(mne.preprocessing.ICA(n_components=20), raw, random_state=0)
       ica.plot_components()
     """
-    ica.method, ica.fit_params = "infomax", {"max_iter": 1}
+    ica.method, ica.fit_params = "infomax", {"max_iter": 0}
     ica.fit(inst, **fit)
-    sources = ica.get_sources(inst).get_data()
-    if sources.ndim == 3:  # epochs
-        sources = np.concatenate(list(sources), axis=1)
+    sources = _fitted_sources(ica, inst, **fit)
     K, W, _, num_iterations = spread_ica(
         sources, return_n_iter=True, random_state=random_state, max_iter=max_iter, tol=tol
     )
@@ -128,3 +126,15 @@ def fit_mne(ica, inst, *, random_state=None, max_iter: int = 200, tol: float = 0
     ica.mixing_matrix_ = (mixing * signs)[:, order]
     ica.n_iter_, ica.method = num_iterations, "spread"
     return ica
+
+
+def _fitted_sources(ica, inst, *, start=None, stop=None, decim=None, reject_by_annotation=True, **_):
+    """Sources [components, times] at the samples that MNE's fit has looked at, not those that it was told to reject."""
+    if hasattr(inst, "events"):  # epochs
+        return np.hstack(ica.get_sources(inst).get_data()[:, :, ::decim])
+    sources = ica.get_sources(inst, start=start, stop=stop)
+    sources = sources.get_data(reject_by_annotation="omit" if reject_by_annotation else None)[:, ::decim]
+    kept = np.ones(sources.shape[1], bool)
+    for first, last in getattr(ica, "drop_inds_", ()):
+        kept[first:last] = False
+    return sources[:, kept][:, : ica.n_samples_]  # MNE leaves out what remains after segments of equal length
