@@ -121,12 +121,12 @@ class Comparison:
 
 # Settings as of `spread_jax.models.PRESETS`. Images have values in [0, 1]; noise scales are in those units.
 FACES: dict[str, Any] = {
-    "steps": 2000,
+    "steps": 1000,
     "width": 8,
     "importance_samples": 5,
     "mirrored": True,
-    "noise_decay_every": 140,
-    "ema_decay": 0.995,
+    "noise_decay_every": 70,
+    "ema_decay": 0.99,
     "sample_every": 100_000,
     "save_every": 200,
     "keep": 1,
@@ -142,7 +142,6 @@ PRESETS = {
         "channels": 1,
         "samples": 2000,
         "steps": 600,
-        "ema_decay": 0.99,
         "batch_size": 100,
         "latent_dim": 10,
         "width": 16,
