@@ -278,7 +278,8 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         # Observation noise spreads the data already; what is added makes up the rest.
         own = xp.diagonal(w @ noise @ w.T)
         if source is None:
-            return _scores.AnyLaw(num_sources, count), xp.sqrt(own), None
+            noisy = own > 0  # the root's derivative at 0 is no number
+            return _scores.AnyLaw(num_sources, count), xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0), None
         scale = default_scale(count) if noise_scale is None else noise_scale
         s = xp.sqrt(xp.maximum(xp.square(xp.broadcast_to(xp.asarray(scale, v.dtype), own.shape)), own))
         d = xp.sqrt(xp.maximum(xp.square(s) - own, 0))

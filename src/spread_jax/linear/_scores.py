@@ -205,7 +205,9 @@ def _combine(law, covariance, noise, d, count, num_sources):
     t = xp.swapaxes(axes, 1, 2) @ t
     along = (t @ d[:, :, None])[:, :, 0]
     threshold = xp.log(xp.maximum(num_sources * values, 2)) * xp.maximum(values, 0) / count
-    along = xp.maximum(0, 1 - threshold / xp.maximum(along * along, 1e-30)) * along
+    square = along * along
+    counts = square > threshold  # an even function has a square of 0 in a common score, which divides nothing
+    along = xp.where(counts, 1 - threshold / xp.where(counts, square, 1), 0) * along
     return (first + (along[:, None, :] @ t)[:, 0]) / lengths
 
 
@@ -219,6 +221,7 @@ def _combine_alike(law, covariance, noise, d, count, num_sources):
     xp = library(d)
     odd = np.array([index not in law.even for index in range(law.size)], float).astype(d.dtype)
     both = np.outer(odd, odd) + np.diag(1 - odd)
+    nobody = np.diag(1 + np.arange(law.size)).astype(d.dtype)
     lengths = xp.sqrt(xp.maximum(xp.diagonal(noise, axis1=1, axis2=2), _RIDGE))
     outer = lengths[:, :, None] * lengths[:, None, :]
     precision = count * xp.linalg.inv(noise / outer + 1e-4 * xp.eye(law.size, dtype=d.dtype)) / outer
@@ -229,7 +232,10 @@ def _combine_alike(law, covariance, noise, d, count, num_sources):
         totals = members.sum(axis=1)
         share = members / xp.maximum(totals, 1)[:, None]
         mean = lambda a: (share @ a.reshape(num_sources, -1)).reshape(2, *a.shape[1:])
-        return (mean(covariance) * both, mean(noise) * both, mean(d) * odd), count * totals + 1
+        # Of nobody, something whose eigenvalues differ: derivatives of equal ones would be no numbers.
+        empty = (totals == 0)[:, None, None]
+        squares = xp.where(empty, xp.eye(law.size, dtype=d.dtype), mean(covariance) * both)
+        return (squares, xp.where(empty, nobody, mean(noise) * both), mean(d) * odd), count * totals + 1
 
     def fits(common):
         rest = d - (covariance @ common[:, :, None])[:, :, 0]
