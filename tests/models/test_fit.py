@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import flax.linen as nn
 import jax
@@ -133,8 +134,10 @@ def test_it_resumes_in_the_middle_of_a_critics_turn_to_the_same_bits(tmp_path):
     unbroken = fit(gan, splits(), tmp_path / "unbroken", settings, pictures=False, **QUIET)
     assert int(unbroken.state.step) == 9
     assert gan.turns.begins_turn(1, 5)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as kept:  # and with it everything in its frames
         fit(gan, splits(), tmp_path / "run", settings, pictures=False, on_log=stop, **QUIET)
+    assert "spread_jax-loader" not in {thread.name for thread in threading.enumerate()}
+    del kept
     run = fit(gan, splits(), tmp_path / "run", settings, pictures=False, **QUIET)
     for mine, theirs in zip(leaves_of(run), leaves_of(unbroken), strict=True):
         np.testing.assert_array_equal(mine, theirs)

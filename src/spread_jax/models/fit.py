@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -376,7 +377,12 @@ class _Job:
 
         batches = settings.loader(self.splits["train"]).iterate(start, place=lambda b: place_batch(b, self.mesh))
         try:
-            with StopRequest() as stop, Progress("step", quiet=self.quiet) as self.progress:
+            # Closed whatever happens, or its thread would live as long as somebody keeps the exception.
+            with (
+                contextlib.closing(batches),
+                StopRequest() as stop,
+                Progress("step", quiet=self.quiet) as self.progress,
+            ):
                 if start < num_steps:
                     state = train(
                         state,
