@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spread_jax.evaluation import precision_recall_density_coverage
-from spread_jax.models import DensityRatio, DensityRatioVae, ScoreDifference
+from spread_jax.models import DensityRatio, DensityRatioVae, ScoreDifference, SpreadGan
 from spread_jax.models.density_ratio import _coverage
 from spread_jax.nn import Denoiser, ScaleCritic
 from tests.models.conftest import IMAGE, NETWORKS, images
@@ -70,6 +70,12 @@ def test_the_weight_of_the_bound_is_the_generators_alone():
     for at_0, at_1, at_3 in zip(*leaves, strict=True):
         np.testing.assert_allclose(at_3 - at_0, 3 * (at_1 - at_0), rtol=1e-3, atol=1e-6)
     assert max(float(jnp.abs(a - b).max()) for a, b in zip(leaves[0], leaves[1], strict=True)) > 1e-4
+
+
+@pytest.mark.parametrize("kind", [DensityRatio, SpreadGan])
+def test_rates_of_games_are_held_and_then_fall(kind):
+    rates = kind(image_shape=(28, 28, 1)).schedule(2.0, 100, warmup=False)
+    np.testing.assert_allclose([rates(0), rates(50), rates(75), rates(100)], [2.0, 2.0, 1.05, 0.1], rtol=1e-5)
 
 
 def test_scale_and_mean_of_the_data_reach_the_networks():
