@@ -9,6 +9,8 @@ import os
 import re
 import secrets
 import stat
+import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,6 +160,32 @@ def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
 
 # These say what a file is; any other error says only that it cannot be read at this moment.
 _LASTING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.EFBIG, errno.ENAMETOOLONG}
+
+
+# What NumPy raises for an .npz file that is something else, or damaged.
+UNREADABLE_ARRAYS = (
+    ValueError, KeyError, TypeError, EOFError, NotImplementedError, MemoryError, OverflowError, zlib.error,
+    zipfile.BadZipFile,
+)  # fmt: skip
+
+
+def refuse_packed(file: BinaryIO) -> None:
+    """Raises ValueError for an .npz file that is packed: a few bytes of such a one may unpack to gigabytes.
+
+    Arrays of ours are random enough to shrink by little, and are not packed.
+
+    Example:
+      >>> import io, numpy as np
+      >>> file = io.BytesIO()
+      >>> np.savez_compressed(file, zeros=np.zeros(10**6))
+      >>> refuse_packed(file)
+      Traceback (most recent call last):
+      ValueError: its arrays are packed
+    """
+    with zipfile.ZipFile(file) as archive:
+        if any(member.file_size > member.compress_size for member in archive.infolist()):
+            raise ValueError("its arrays are packed")
+    file.seek(0)
 
 
 def is_lasting(error: OSError) -> bool:

@@ -49,27 +49,32 @@ def test_coverage_is_that_of_the_evaluation():
     assert _coverage(x[:2], x[:2]) == 1  # fewer images than neighbours
 
 
-def test_the_weight_of_the_bound_is_the_generators_alone():
+def test_critic_and_bound_judge_what_is_made_of_the_images_own_latents():
     networks = {**{part: NETWORKS[part] for part in ("encoder", "generator")}, "critic": ScaleCritic(width=1)}
     method = DensityRatioVae(image_shape=IMAGE, networks=networks, latent_dim=3)
     state = method.initial_state(jax.random.key(0), 4)
-    head = jax.tree.map(lambda leaf: leaf + 0.1, state.params["critic"])  # one that tells something
+    params = {**state.params, "critic": jax.tree.map(lambda leaf: leaf + 0.1, state.params["critic"])}
 
     @jax.jit
-    def gradients(weight):
-        weighted = dataclasses.replace(method, bound_weight=weight)
-        loss = lambda moved: weighted.players(4)[0].loss(
-            {**state.params, "critic": head, **moved}, state.variables, images(0), key=jax.random.key(1), step=0
-        )[0]
-        return jax.grad(loss)({part: state.params[part] for part in ("encoder", "generator")})
+    def model_loss(weight, generator, encoder):
+        model, _ = dataclasses.replace(method, bound_weight=weight).players(4)
+        moved = {**params, "generator": generator, "encoder": encoder}
+        loss, output = model.loss(moved, state.variables, images(0), key=jax.random.key(1), step=0)
+        return loss, output.metrics["elbo"]
 
-    none, one, three = (gradients(weight) for weight in (0.0, 1.0, 3.0))
-    for mine, others in zip(jax.tree.leaves(one["encoder"]), jax.tree.leaves(none["encoder"]), strict=True):
-        np.testing.assert_allclose(mine, others, rtol=1e-5, atol=1e-7)
-    leaves = [jax.tree.leaves(found["generator"]) for found in (none, one, three)]
-    for at_0, at_1, at_3 in zip(*leaves, strict=True):
-        np.testing.assert_allclose(at_3 - at_0, 3 * (at_1 - at_0), rtol=1e-3, atol=1e-6)
-    assert max(float(jnp.abs(a - b).max()) for a, b in zip(leaves[0], leaves[1], strict=True)) > 1e-4
+    moved = params["generator"], params["encoder"]
+    (one, bound), (three, _) = (model_loss(weight, *moved) for weight in (1.0, 3.0))
+    np.testing.assert_allclose(three - one, -2 * bound / method.pixels, rtol=1e-4)
+    # Without the bound what is left is the critic's, and it reaches the encoder too.
+    gradient = jax.grad(lambda *moved: model_loss(1e-9, *moved)[0], argnums=(0, 1))(*moved)
+    assert all(max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(of)) > 1e-5 for of in gradient)
+    # Each image is judged by what its own latents give, not by samples of the prior: others give other ones.
+    x = jnp.asarray(images(0), jnp.float32) / 255
+    judged = jax.jit(lambda x: method.compared(params, state.variables, x, jax.random.key(3), train=False))
+    before, after = judged(x), judged(x.at[0].set(1 - x[0]))
+    assert before.shape == x.shape
+    np.testing.assert_allclose(before[1:], after[1:], atol=1e-6)
+    assert float(jnp.abs(before[0] - after[0]).max()) > 1e-3
 
 
 @pytest.mark.parametrize("kind", [DensityRatio, SpreadGan])

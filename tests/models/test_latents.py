@@ -1,12 +1,24 @@
 """Densities of latents: against scikit-learn and SciPy, and what they draw against what they say."""
 
+import io
+import os
+import sys
+
 import jax
 import numpy as np
 import pytest
 import scipy.stats
 from sklearn.mixture import GaussianMixture
 
-from spread_jax.models import Encoded, Posteriors, fit_flow, fit_mixture, latents, posteriors, standard_normal
+from spread_jax.models import (
+    Encoded,
+    LatentMixture,
+    Posteriors,
+    fit_flow,
+    fit_mixture,
+    posteriors,
+    standard_normal,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +63,7 @@ def test_latents_of_a_split_are_the_encoders(monkeypatch):
         mean = images.reshape(len(images), -1)[:, :2].astype(np.float32)
         return Encoded(mean, np.full(mean.shape, run + seed), None)
 
-    monkeypatch.setattr(latents, "encode", encode)
+    monkeypatch.setattr(sys.modules[posteriors.__module__], "encode", encode)
     split = Split()
     split.images = images
     found = posteriors(0.5, split, count=10, seed=2)
@@ -59,3 +71,65 @@ def test_latents_of_a_split_are_the_encoders(monkeypatch):
     np.testing.assert_array_equal(found.std, np.full((10, 2), 2.5))
     draws = found._replace(mean=np.zeros((5000, 2)), std=np.full((5000, 2), 0.5)).draw(jax.random.key(0))
     assert draws.std() == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.fixture
+def mixture():
+    roots = [[[0.5, 0.0], [0.3, 0.2]], [[1.0, 0.0], [-0.5, 2.0]]]
+    return LatentMixture(np.array([0.3, 0.7]), np.array([[3.0, 0.0], [-1.0, 1.0]]), np.array(roots))
+
+
+def test_a_mixture_of_latents_is_scipys_and_its_first_draws_stay(mixture):
+    z = np.random.default_rng(0).normal(size=(7, 2))
+    laws = [scipy.stats.multivariate_normal(m, L @ L.T) for m, L in zip(mixture.means, mixture.roots, strict=True)]
+    wanted = np.log(sum(w * law.pdf(z) for w, law in zip(mixture.weights, laws, strict=True)))
+    np.testing.assert_allclose(mixture.log_density(z), wanted, rtol=1e-10)
+    draws = mixture.sample(40_000, jax.random.key(0))
+    np.testing.assert_array_equal(mixture.sample(50, jax.random.key(0)), draws[:50])
+    assert draws.dtype == np.float32 and np.abs(mixture.sample(50, jax.random.key(1)) - draws[:50]).max() > 0.1
+    mean = mixture.weights @ mixture.means
+    second = sum(
+        w * (L @ L.T + np.outer(m, m)) for w, m, L in zip(mixture.weights, mixture.means, mixture.roots, strict=True)
+    )
+    error = np.sqrt(np.diag(second - np.outer(mean, mean)) / len(draws))
+    assert np.all(np.abs(draws.mean(axis=0) - mean) < 4 * error)
+    np.testing.assert_allclose(draws.T @ draws / len(draws), second, atol=0.1)
+
+
+def test_a_file_of_latents_is_read_back_or_refused(mixture, tmp_path):
+    path = tmp_path / "latents.npz"
+    path.write_bytes(mixture.to_bytes())
+    for mine, theirs in zip(LatentMixture.load(path), mixture, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+    def written(**arrays):
+        file = io.BytesIO()
+        np.savez(file, **{**mixture._asdict(), **arrays})
+        return file.getvalue()
+
+    packed = io.BytesIO()
+    np.savez_compressed(packed, **{**mixture._asdict(), "means": np.zeros((2, 2000))})
+    pickled = written(weights=np.array([print, 1], dtype=object))
+    for content, said in (
+        (b"", "no mixture"),
+        (mixture.to_bytes()[:-40], "no mixture"),
+        (packed.getvalue(), "packed"),
+        (pickled, "no mixture"),
+        (written(means=np.zeros((2, 3))), "shapes"),
+        (written(weights=np.array([0.5, 0.6])), "none"),
+        (written(weights=np.array([1.5, -0.5])), "none"),
+        (written(roots=np.full((2, 2, 2), np.nan)), "none"),
+        (written(roots=np.zeros((2, 2, 2))), "none"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            LatentMixture.load(path)
+    path.unlink()
+    (tmp_path / "elsewhere").write_bytes(mixture.to_bytes())
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="link"):
+        LatentMixture.load(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="neither a file"):
+        LatentMixture.load(path)

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
+from spread_jax._progress import tell
 from spread_jax.cli._runs import data_of, open_split_of
 from spread_jax.cli.flags import parse_plain
 from spread_jax.cli.launch import print_result
@@ -35,8 +36,9 @@ class Config:
     """How many samples."""
     seed: int = 0
     """Seed of the latents; from the prior, sample i of a seed does not depend on how many are drawn."""
-    latents: Literal["prior", "mixture"] = "prior"
-    """Draw z from N(0, I), or from a mixture of Gaussians fitted to the aggregate posterior of the training images."""
+    latents: Literal["prior", "mixture"] | None = None
+    """Draw z from N(0, I), or from a mixture of Gaussians that is fitted now to the aggregate posterior of the training
+    images; if not given, from the mixture that the run has, or N(0, I) where it has none."""
     best_of: int = 1
     """Of every so many samples draw that which the critic finds likest to data, for runs with a critic of log-ratios;
     1 for all."""
@@ -65,17 +67,20 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}.")
     configure()
     run = open_run(config.run, step=config.step)
-    latents = None
+    latents: Any = config.latents
     if config.latents == "mixture":
         if not run.has_encoder:
             raise UsageError(f"{config.run} has no encoder to fit a mixture with: draw from the prior.")
         train = open_split_of(data_of(run, config.data, config.cache_dir), run, "train")
         latents = fitted_latents(run, train, components=config.mixture_components).sample
+    elif config.latents is None and run.latents is None and run.method.mixture_latents:
+        tell(
+            f"{config.run} has no mixture of latents at step {int(run.state.step)}, so z is drawn from N(0, I), which "
+            "its generator was not trained on: --latents mixture fits one."
+        )
     if config.best_of > 1:
-        if latents is not None:
-            raise UsageError("--best-of chooses among samples of the prior: leave --latents out.")
         try:
-            images = best_of(run, config.num, candidates=config.best_of, seed=config.seed)
+            images = best_of(run, config.num, candidates=config.best_of, seed=config.seed, latents=latents)
         except ValueError as error:
             raise UsageError(f"--best-of cannot be used: {error}") from None
     else:
@@ -87,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
                 save_image(image_grid(image[None], padding=0), config.folder / f"{index:06d}.png")
             written = config.folder
         else:
-            name = "" if config.latents == "prior" else f"_{config.latents}"
+            name = f"_{config.latents}" if config.latents else ""
             name += f"_best_of_{config.best_of}" if config.best_of > 1 else ""
             written = config.grid or config.run / f"samples{name}_seed{config.seed}.png"
             written.parent.mkdir(parents=True, exist_ok=True)

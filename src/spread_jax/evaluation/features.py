@@ -14,18 +14,16 @@ import json
 import math
 import os
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from spread_jax._checks import check_count
-from spread_jax._files import replacing
+from spread_jax._files import UNREADABLE_ARRAYS, refuse_packed, replacing
 from spread_jax._network import why_unreachable
 from spread_jax._random import check_one_key
 
@@ -122,7 +120,7 @@ class FeatureNetwork:
         make = "Make one with `spread-jax features`."
         try:
             with open(path, "rb") as file:
-                _refuse_bomb(file)
+                refuse_packed(file)
                 arrays = dict(np.load(file, allow_pickle=False))
             params = {n.removeprefix("param:"): array for n, array in arrays.items() if n.startswith("param:")}
             network = cls(params, json.loads(str(arrays["config"])))
@@ -130,10 +128,7 @@ class FeatureNetwork:
             saved = str(arrays["fingerprint"])
         except FileNotFoundError:
             raise FeaturesError(f"There is no file of features at {path}. {make}") from None
-        except (
-            OSError, ValueError, KeyError, TypeError, EOFError, RecursionError, NotImplementedError, MemoryError,
-            OverflowError, zlib.error, zipfile.BadZipFile,
-        ) as error:  # fmt: skip
+        except (OSError, RecursionError, *UNREADABLE_ARRAYS) as error:
             raise FeaturesError(f"{path} is not a file of features, or is damaged ({error}). {make}") from None
         if network.fingerprint != saved:
             raise FeaturesError(f"{path} is damaged: it does not have the fingerprint {saved} that it names. {make}")
@@ -151,14 +146,6 @@ def packaged_features() -> FeatureNetwork:
       'b55a900ae7748bb8'
     """
     return FeatureNetwork.load(Path(__file__).parent / "trained" / "faces.npz")
-
-
-def _refuse_bomb(file: BinaryIO) -> None:
-    """A file of a few bytes that unpacks to gigabytes is none of ours: weights hardly shrink, and are not packed."""
-    with zipfile.ZipFile(file) as archive:
-        if any(member.file_size > member.compress_size for member in archive.infolist()):
-            raise ValueError("its arrays are packed")
-    file.seek(0)
 
 
 def _check_network(network: FeatureNetwork) -> None:

@@ -3,10 +3,17 @@
 from spread_jax.models.delta_vae import DeltaVae
 from spread_jax.models.density_ratio import DensityRatio
 from spread_jax.models.density_ratio_vae import DensityRatioVae
-from spread_jax.models.evaluate import EvaluateSettings, evaluate, fitted_latents
+from spread_jax.models.evaluate import EvaluateSettings, evaluate, fitted_latents, posteriors
 from spread_jax.models.fit import RESUMABLE, evaluation_key, fit, parameters, shown_latents
 from spread_jax.models.importance import ImportanceWeighted
-from spread_jax.models.latents import LatentDensity, Posteriors, fit_flow, fit_mixture, posteriors, standard_normal
+from spread_jax.models.latents import (
+    LatentDensity,
+    LatentMixture,
+    Posteriors,
+    fit_flow,
+    fit_mixture,
+    standard_normal,
+)
 from spread_jax.models.method import Encoded, Method, SettingError
 from spread_jax.models.noises import NOISES, InvertibleLocation
 from spread_jax.models.presets import PRESETS, with_preset
@@ -38,6 +45,7 @@ __all__ = [
     "ImportanceWeighted",
     "InvertibleLocation",
     "LatentDensity",
+    "LatentMixture",
     "Method",
     "Posteriors",
     "Programs",

@@ -90,23 +90,28 @@ class DensityRatio(ScalesMethod):
     def _generator_loss(self, params, variables, batch, *, key, step):
         latent_key, noise_key = jax.random.split(key)
         generated, new = self.generated(params, variables, len(batch), latent_key, train=True)
-        loss = density_ratio_generator_loss(
-            generated,
-            self.network("critic", params, variables, train=False),
-            self.law(),
-            key=noise_key,
-            divergence=_DESCENTS[self.generator_loss],
-        ).mean()
-        return loss, LossOutput(parts_of(("generator",), (new,)), {})
+        return self.descent(params, variables, generated, noise_key), LossOutput(parts_of(("generator",), (new,)), {})
+
+    def descent(self, params, variables, generated, key):
+        """What the generator descends on: the mean over `generated` of a function of the critic's log-ratio."""
+        critic = self.network("critic", params, variables, train=False)
+        losses = density_ratio_generator_loss(
+            generated, critic, self.law(), key=key, divergence=_DESCENTS[self.generator_loss]
+        )
+        return losses.mean()
 
     def _critic_loss(self, params, variables, batch, *, key, step):
         mirror_key, latent_key, noise_key = jax.random.split(key, 3)
         x = self.shown(batch, mirror_key)
-        generated, _ = self.generated(params, variables, len(x), latent_key, train=True)
+        generated = self.compared(params, variables, x, latent_key, train=True)
         critic = self.network("critic", params, variables, train=False)
         losses = density_ratio_losses(x, generated, critic, self.law(), key=noise_key)
         metrics = {"divergence_bound": losses.divergence, "critic_accuracy": losses.accuracy}
         return losses.critic, LossOutput({}, metrics)
+
+    def compared(self, params, variables, x, key, *, train):
+        """As many samples as there are images x, for the critic to tell from them."""
+        return self.generated(params, variables, len(x), key, train=train)[0]
 
     def evaluate(self, state, x, *, key):
         """The critic's lower bound on the divergence over scales, how often it is right, and how far samples cover x.
@@ -115,7 +120,7 @@ class DensityRatio(ScalesMethod):
         from the distribution of the images themselves about seven eighths are.
         """
         latent_key, noise_key = jax.random.split(key)
-        generated, _ = self.generated(state.params, state.variables, len(x), latent_key, train=False)
+        generated = self.compared(state.params, state.variables, x, latent_key, train=False)
         critic = self.network("critic", state.params, state.variables, train=False)
         losses = density_ratio_losses(x, generated, critic, self.law(), key=noise_key)
         every = lambda value: jnp.broadcast_to(value, (len(x),))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from spread_jax.models.density_ratio import DensityRatio
-from spread_jax.models.method import Encoded, SettingError, adam, parts_of, to_unit
+from spread_jax.models.method import Encoded, adam, parts_of
 from spread_jax.noise import GaussianNoise, SpreadNoise
 from spread_jax.objectives import spread_elbo
 from spread_jax.training import LossOutput, Player, TrainState
@@ -22,13 +21,16 @@ __all__ = ["DensityRatioVae"]
 
 @dataclasses.dataclass(frozen=True)
 class DensityRatioVae(DensityRatio):
-    r"""Density ratios over many scales of noise, with an encoder and the evidence lower bound at one of them.
+    r"""Density ratios over many scales of noise between images and what is made of their latents, and the bound.
 
-      generator:  min  D_w(p||q) - (weight / X) E[ELBO at noise_scale],      X numbers in an image,
-      encoder:    max  ELBO,
+      min over encoder and generator of  D_w(p||q) - (weight / X) E[ELBO at noise_scale],   X numbers in an image,
 
-    The bound makes the generator cover the data, and the critic makes it sharp. The encoder learns under any weight,
-    0 too: there are reconstructions, and a bound on the likelihood of spread images, of what the critic has trained.
+    where q is the law of g(z), z ~ q(z|y) of an image x spread to y. The bound makes these cover the data, and the
+    critic makes them sharp. The generator is trained on the aggregate posterior and not on the prior, so latents of
+    samples are drawn from a mixture of Gaussians that is fitted to it when training has ended.
+
+    Source: Larsen et al., Autoencoding beyond pixels, ICML 2016; Ghosh et al., From Variational to Deterministic
+    Autoencoders, ICLR 2020 (the mixture).
 
     Example:
       >>> [player.moves for player in DensityRatioVae(image_shape=(28, 28, 1)).players(10)]
@@ -45,20 +47,19 @@ class DensityRatioVae(DensityRatio):
         **DensityRatio.curves,
     }
     bounds: ClassVar = ("elbo_nats",)
+    mixture_latents: ClassVar = True
 
     noise_scale: float = 0.25
     """Standard deviation of the noise that images are spread by for the encoder and the bound."""
-    bound_weight: float = 1.0
-    """Weight of the bound in the generator's loss, in nats per number of an image; 0 for the encoder alone."""
+    bound_weight: float = 64.0
+    """Weight of the bound in nats per number of an image; of less the critic makes all images alike."""
     encoder_learning_rate: float = 1e-3
     """Adam's learning rate for the encoder."""
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()
-        self.require_positive("noise_scale", "encoder_learning_rate")
-        if not 0 <= self.bound_weight < math.inf:
-            raise SettingError("bound_weight", f"must be finite and at least 0, got {self.bound_weight}.")
+        self.require_positive("noise_scale", "bound_weight", "encoder_learning_rate")
 
     def players(self, num_steps: int) -> tuple[Player, ...]:
         """Encoder and generator together, and the critic."""
@@ -79,29 +80,36 @@ class DensityRatioVae(DensityRatio):
         """Standard deviation of that noise."""
         return jnp.asarray(self.noise_scale)
 
-    def _model_loss(self, params, variables, batch, *, key, step):
-        ratio_key, bound_key = jax.random.split(key)
-        ratio, output = self._generator_loss(params, variables, batch, key=ratio_key, step=step)
-        # The encoder's gradient is that of the bound whatever the weight is, the generator's is weighted.
-        weighted = lambda p: self.bound_weight * p + (1 - self.bound_weight) * jax.lax.stop_gradient(p)
-        generator = jax.tree.map(weighted, params["generator"])
-        # With the batch statistics of samples from the prior, as the generator has them when it is used.
-        decode = self.network("generator", {"generator": generator}, variables, train=False)
-        terms, (seen, _) = spread_elbo(
-            to_unit(batch),
-            self.network("encoder", params, variables, train=True),
-            lambda z: (decode(z), None),
-            self._noise(),
-            key=bound_key,
-            has_aux=True,
+    def _again(self, params, variables, x, key, *, train):
+        """(the bound's terms of images x, g(z) with z ~ q(z|y) of each, the networks' new variables)."""
+        encode, decode = (self.network(part, params, variables, train=train) for part in ("encoder", "generator"))
+
+        def keep(network):
+            return network if train else lambda inputs: (network(inputs), {})
+
+        def decode_and_keep(z):
+            generated, new = keep(decode)(z)
+            return generated, (generated, new)
+
+        terms, (seen, (generated, new)) = spread_elbo(
+            x, keep(encode), decode_and_keep, self._noise(), key=key, has_aux=True
         )
+        return terms, generated, parts_of(("encoder", "generator"), (seen, new))
+
+    def _model_loss(self, params, variables, batch, *, key, step):
+        mirror_key, bound_key, ratio_key = jax.random.split(key, 3)
+        x = self.shown(batch, mirror_key)
+        terms, generated, new = self._again(params, variables, x, bound_key, train=True)
         bound = terms.elbo.mean()
-        metrics = {"elbo": bound, "kl": terms.kl.mean()}
-        updates = {**output.variables, **parts_of(("encoder",), (seen,))}
-        return ratio - bound / self.pixels, LossOutput(updates, metrics)
+        loss = self.descent(params, variables, generated, ratio_key) - self.bound_weight * bound / self.pixels
+        return loss, LossOutput(new, {"elbo": bound, "kl": terms.kl.mean()})
+
+    def compared(self, params, variables, x, key, *, train):
+        """Images g(z), z ~ q(z|y) of images x spread once."""
+        return self._again(params, variables, x, key, train=train)[1]
 
     def evaluate(self, state: TrainState, x: jax.Array, *, key: jax.Array) -> Mapping[str, jax.Array]:
-        """The critic's numbers, the bound and its KL, and the error of reconstructions."""
+        """The critic's numbers, of what is made of the images' own latents; the bound, its KL and squared errors."""
         ratio_key, spread_key, latent_key = jax.random.split(key, 3)
         encode, decode = (
             self.network(part, state.params, state.variables, train=False) for part in ("encoder", "generator")

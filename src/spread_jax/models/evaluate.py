@@ -12,13 +12,13 @@ import numpy as np
 
 from spread_jax.data import Dataset
 from spread_jax.evaluation import annealed_importance_sampling, held_out_bound, nearest_neighbours
-from spread_jax.models import latents as latent_densities
 from spread_jax.models import scores
+from spread_jax.models.latents import LatentDensity, LatentMixture, Posteriors, fit_mixture
 from spread_jax.models.method import SettingError, to_unit
-from spread_jax.models.run import Trained, sample
+from spread_jax.models.run import Trained, encode, sample
 from spread_jax.objectives import spread_importance_bound
 
-__all__ = ["EvaluateSettings", "evaluate", "fitted_latents"]
+__all__ = ["EvaluateSettings", "evaluate", "fitted_latents", "posteriors"]
 
 _DRAWN = 2048  # samples in memory as floats
 
@@ -155,15 +155,34 @@ def evaluate(
     return numbers, np.stack(rows)
 
 
+def posteriors(run: Trained, dataset: Dataset, *, count: int, seed: int = 0) -> Posteriors:
+    """q(z|y) of a split's first images, y drawn once for each.
+
+    Args:
+      run: a generator with an encoder.
+      dataset: the split.
+      count: images at most.
+      seed: of the noise on the images.
+
+    Returns:
+      Their means and standard deviations.
+
+    Raises:
+      ValueError: the method has no encoder.
+    """
+    found = encode(run, dataset.images[: min(count, len(dataset))], seed=seed)
+    return Posteriors(np.asarray(found.mean), np.asarray(found.std))
+
+
 def fitted_latents(
     run: Trained, train: Dataset, *, components: int = 10, count: int = 5000, seed: int = 0
-) -> latent_densities.LatentDensity:
+) -> LatentMixture:
     """A mixture of Gaussians fitted to the aggregate posterior, to draw z from in place of the prior.
 
     Args:
       run: a generator with an encoder.
       train: the training split.
-      components: Gaussians in the mixture.
+      components: Gaussians in the mixture; fewer where there are fewer images.
       count: training images whose posteriors it is fitted to, at most.
       seed: of the draws and of EM's start.
 
@@ -171,21 +190,19 @@ def fitted_latents(
       Its sampler and density.
 
     Raises:
-      ValueError: the method has no encoder, or there are more components than images.
+      ValueError: the method has no encoder.
     """
-    found = latent_densities.posteriors(run, train, count=count, seed=seed)
-    return latent_densities.fit_mixture(found, components=min(components, len(found.mean)), seed=seed)
+    found = posteriors(run, train, count=count, seed=seed)
+    return fit_mixture(found, components=min(components, len(found.mean)), seed=seed)
 
 
-def draw_bytes(
-    run: Trained, num: int, seed: int, density: latent_densities.LatentDensity | None = None, **options: Any
-) -> np.ndarray:
+def draw_bytes(run: Trained, num: int, seed: int, density: LatentDensity | None = None, **options: Any) -> np.ndarray:
     """uint8 samples [num, height, width, channels], as an image file would hold them."""
     images = []
     for start in range(0, num, _DRAWN):
         # Parts of their own seeds: the latents of one seed are made anew from its first on.
         part, of_part = min(_DRAWN, num - start), seed + 1_000_003 * (start // _DRAWN)
-        latents = None if density is None else density.sample
+        latents = "prior" if density is None else density.sample
         images.append(scores.to_bytes(sample(run, part, seed=of_part, latents=latents, **options)))
     return np.concatenate(images)
 

@@ -20,10 +20,11 @@ from spread_jax.data.places import remember
 from spread_jax.errors import UsageError
 from spread_jax.evaluation import save_curves, write_report
 from spread_jax.models._saved import to_json
-from spread_jax.models.latents import fit_mixture, posteriors
+from spread_jax.models.evaluate import fitted_latents
+from spread_jax.models.latents import LatentMixture
 from spread_jax.models.method import Method, SettingError
 from spread_jax.models.pictures import draw_fitted, draw_pictures
-from spread_jax.models.run import Programs, Trained, held_out
+from spread_jax.models.run import Programs, Trained, held_out, latents_path, saved_latents
 from spread_jax.models.settings import SPLITS, DataSettings, FitSettings, open_splits
 from spread_jax.runtime import first_process, versions
 from spread_jax.training import (
@@ -163,6 +164,7 @@ def fit(
             say(f"{folder.path} is finished ({done} steps); raise the steps to continue.")
             trained = job.as_trained(job.restored())
             trained.results, trained.records = folder.results, folder.read_metrics()
+            trained.latents = saved_latents(latents_path(folder.path, int(trained.state.step)), method)
             return trained
         trained, speed = job.train()
         results = {
@@ -187,12 +189,13 @@ def fit(
             "versions": versions(),
         }
         trained.results, trained.records = results, folder.read_metrics()
+        if method.mixture_latents or (settings.mixture_samples and trained.has_encoder):
+            trained.latents = job.fitted(trained)
+            folder.write_file(latents_path(folder.path, int(trained.state.step)).name, trained.latents.to_bytes())
         if pictures:
             job.draw(trained)
-            if settings.mixture_samples and trained.has_encoder:
-                found = posteriors(trained, train_split, count=5000, seed=settings.seed)
-                density = fit_mixture(found, components=min(10, len(found.mean)), seed=settings.seed)
-                draw_fitted(trained, folder, density.sample(64, evaluation_key(settings.seed)))
+            if trained.latents is not None and not method.mixture_latents:
+                draw_fitted(trained, folder, trained.latents.sample(64, job.key))
             title = ", ".join(str(part) for part in (config.get("preset"), f"seed {settings.seed}") if part)
             if panels := _panels(method, trained.records):
                 save_curves(
@@ -293,8 +296,14 @@ class _Job:
             trained, self.splits[split], count=settings.held_out_examples, batch_size=settings.batch_size, key=self.key
         )
 
+    def fitted(self, trained: Trained) -> LatentMixture:
+        return fitted_latents(trained, self.splits["train"], seed=self.settings.seed)
+
     def draw(self, trained: Trained) -> None:
-        latents = shown_latents(self.settings.seed, self.method.latent_dim)
+        if self.method.mixture_latents:
+            latents = (trained.latents or self.fitted(trained)).sample(64, self.key)
+        else:
+            latents = shown_latents(self.settings.seed, self.method.latent_dim)
         draw_pictures(trained, self.folder, np.asarray(self.splits["validation"].images[:12]), latents, self.key)
 
     def as_trained(self, state) -> Trained:

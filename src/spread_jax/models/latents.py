@@ -7,7 +7,9 @@ Variational to Deterministic Autoencoders, ICLR 2020 (a mixture fitted after tra
 
 from __future__ import annotations
 
+import io
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from spread_jax.data import Dataset
-from spread_jax.models.run import Trained, encode
+from spread_jax._files import UNREADABLE_ARRAYS, open_regular, refuse_packed
 from spread_jax.nn import CouplingFlow
 
-__all__ = ["LatentDensity", "Posteriors", "fit_flow", "fit_mixture", "posteriors", "standard_normal"]
+__all__ = ["LatentDensity", "LatentMixture", "Posteriors", "fit_flow", "fit_mixture", "standard_normal"]
 
 
 class Posteriors(NamedTuple):
@@ -47,25 +48,6 @@ class LatentDensity(NamedTuple):
     log_density: Callable[[np.ndarray], np.ndarray]
 
 
-def posteriors(run: Trained, dataset: Dataset, *, count: int, seed: int = 0) -> Posteriors:
-    """q(z|y) of a split's first images, y drawn once for each.
-
-    Args:
-      run: a generator with an encoder.
-      dataset: the split.
-      count: images at most.
-      seed: of the noise on the images.
-
-    Returns:
-      Their means and standard deviations.
-
-    Raises:
-      ValueError: the method has no encoder.
-    """
-    found = encode(run, dataset.images[: min(count, len(dataset))], seed=seed)
-    return Posteriors(np.asarray(found.mean), np.asarray(found.std))
-
-
 def standard_normal(dim: int) -> LatentDensity:
     """The prior N(0, I) on `dim` coordinates.
 
@@ -85,7 +67,70 @@ def standard_normal(dim: int) -> LatentDensity:
     )
 
 
-def fit_mixture(found: Posteriors, *, components: int, seed: int) -> LatentDensity:
+class LatentMixture(NamedTuple):
+    """A mixture of K Gaussians, sum_k w_k N(m_k, L_k L_k^T), a `LatentDensity` that can be kept in a file.
+
+    Attributes:
+      weights: w [K], which sum to 1.
+      means: m [K, Z].
+      roots: L [K, Z, Z], lower triangles.
+    """
+
+    weights: np.ndarray
+    means: np.ndarray
+    roots: np.ndarray
+
+    def sample(self, num: int, key: jax.Array) -> np.ndarray:
+        """z [num, Z], float32; the first ones are the same whatever the number drawn."""
+        chance = _host(key)
+        which = np.searchsorted(np.cumsum(self.weights)[:-1], chance.random(num), side="right")
+        u = _host(jax.random.fold_in(key, 1)).standard_normal((num, self.means.shape[1]))
+        return (self.means[which] + np.einsum("nij,nj->ni", self.roots[which], u)).astype(np.float32)
+
+    def log_density(self, z: np.ndarray) -> np.ndarray:
+        """log p(z) [n] of z [n, Z], in nats."""
+        from scipy.linalg import solve_triangular
+
+        z = np.asarray(z, np.float64)
+        terms = []
+        for weight, mean, root in zip(self.weights, self.means, self.roots, strict=True):
+            squares = np.square(solve_triangular(root, (z - mean).T, lower=True)).sum(axis=0)
+            volume = np.log(np.diag(root)).sum() + 0.5 * len(mean) * math.log(2 * math.pi)
+            terms.append(math.log(weight) - volume - 0.5 * squares)
+        return np.logaddexp.reduce(terms, axis=0)
+
+    def to_bytes(self) -> bytes:
+        """The three arrays as the content of an .npz file, without pickle."""
+        content = io.BytesIO()
+        np.savez(content, **self._asdict())
+        return content.getvalue()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> LatentMixture:
+        """Reads a file of what `to_bytes` gave, which may come from anywhere.
+
+        Raises:
+          OSError: the file cannot be read.
+          ValueError: it holds something else.
+        """
+        with open_regular(path) as file:
+            try:
+                refuse_packed(file)
+                arrays = np.load(file, allow_pickle=False)
+                found = cls(*(np.asarray(arrays[name], np.float64) for name in cls._fields))
+            except UNREADABLE_ARRAYS as error:
+                raise ValueError(f"{path} holds no mixture of latents: {error}.") from None
+        shapes, sizes = [array.shape for array in found], (len(found.weights), *found.means.shape[1:])
+        if shapes != [sizes[:1], sizes, (*sizes, sizes[-1])] or found.weights.ndim != 1 or found.means.ndim != 2:
+            raise ValueError(f"{path} holds no mixture of latents: its arrays have shapes {shapes}.")
+        sound = all(np.isfinite(array).all() for array in found) and (found.weights > 0).all()
+        sound = sound and (np.diagonal(found.roots, axis1=1, axis2=2) > 0).all()
+        if not sound or abs(found.weights.sum() - 1) > 1e-6:
+            raise ValueError(f"{path} holds no mixture of latents: its weights or Gaussians are none.")
+        return found
+
+
+def fit_mixture(found: Posteriors, *, components: int, seed: int) -> LatentMixture:
     """A mixture of Gaussians with full covariances, by scikit-learn's EM on one draw for each image.
 
     Args:
@@ -94,7 +139,7 @@ def fit_mixture(found: Posteriors, *, components: int, seed: int) -> LatentDensi
       seed: of the draws and of EM's start.
 
     Returns:
-      Its sampler and density.
+      The mixture, with its sampler and density.
 
     Raises:
       ValueError: there are more components than images.
@@ -115,15 +160,7 @@ def fit_mixture(found: Posteriors, *, components: int, seed: int) -> LatentDensi
     with warnings.catch_warnings():  # EM that stops at its last iteration is still a mixture
         warnings.simplefilter("ignore")
         fitted.fit(draws)
-    roots = np.linalg.cholesky(fitted.covariances_)
-
-    def sample(num: int, key: jax.Array) -> np.ndarray:
-        chance = _host(key)
-        which = chance.choice(components, num, p=fitted.weights_)
-        u = chance.standard_normal((num, draws.shape[1]))
-        return (fitted.means_[which] + np.einsum("nij,nj->ni", roots[which], u)).astype(np.float32)
-
-    return LatentDensity(sample, lambda z: fitted.score_samples(np.asarray(z, np.float64)))
+    return LatentMixture(fitted.weights_, fitted.means_, np.linalg.cholesky(fitted.covariances_))
 
 
 def fit_flow(

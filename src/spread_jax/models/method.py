@@ -75,6 +75,8 @@ class Method:
       best_metric: the held-out number that picks the best checkpoint and "max" or "min"; None to keep no best one.
       bounds: held-out numbers whose standard errors are given.
       smallest_batch: images that a loss needs at least; 2 where it compares sets.
+      mixture_latents: whether z of samples are from a mixture of Gaussians fitted to the aggregate posterior, and not
+        from the prior.
     """
 
     name: ClassVar[str]
@@ -86,6 +88,7 @@ class Method:
     best_metric: ClassVar[tuple[str, Literal["max", "min"]] | None] = None
     bounds: ClassVar[tuple[str, ...]] = ()
     smallest_batch: ClassVar[int] = 1
+    mixture_latents: ClassVar[bool] = False
 
     image_shape: Suppress[tuple[int, int, int]] = (64, 64, 3)
     """(height, width, channels); `fit` takes it from the data."""

@@ -30,8 +30,9 @@ def draw_pictures(run: Trained, folder: RunDirectory, images: np.ndarray, latent
     grid = image_grid(samples, columns=8, scale=scale)
     (folder.path / "samples").mkdir(exist_ok=True)
     save_image(grid, folder.path / "samples" / f"step_{int(run.state.step):06d}.png")
+    density = "a mixture fitted to the aggregate posterior" if run.method.mixture_latents else "the prior"
     path = folder.save_figure_path(
-        "samples.png", caption="Samples x = g(z), z from the prior; none is selected.", section="Samples", grid=True
+        "samples.png", caption=f"Samples x = g(z), z from {density}; none is selected.", section="Samples", grid=True
     )
     save_image(grid, path)
     path = folder.save_figure_path(

@@ -6,16 +6,17 @@ import functools
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spread_jax._files import read_json
+from spread_jax._files import read_json, reason
 from spread_jax.data import Dataset
 from spread_jax.errors import UsageError
 from spread_jax.models._saved import method_from_json
+from spread_jax.models.latents import LatentMixture
 from spread_jax.models.method import Encoded, Method, to_unit
 from spread_jax.runtime import jit_for_few_calls
 from spread_jax.training import RunDirectoryError, TrainState, read_run
@@ -84,6 +85,7 @@ class Trained:
       state: its state, on one device.
       path: the run's folder, or None.
       results: what was found at the end of training; {} of a run that has not ended.
+      latents: the density of z that samples are drawn from; None for the prior N(0, I).
       records: the lines of metrics.jsonl, of what `fit` returned; [] of a run that was read from its folder.
       programs: the method's compiled functions.
     """
@@ -95,9 +97,10 @@ class Trained:
         *,
         path: Path | None = None,
         results: Mapping[str, Any] | None = None,
+        latents: LatentMixture | None = None,
         programs: Programs | None = None,
     ):
-        self.method, self.state, self.path = method, state, path
+        self.method, self.state, self.path, self.latents = method, state, path, latents
         self.results = dict(results or {})
         self.records: list[dict[str, Any]] = []
         self.programs = programs or Programs(method)
@@ -162,7 +165,30 @@ def open_run(
         restored = saver.restore(abstract, step=step)
     if restored is None:
         raise UsageError(f"{path} has no checkpoint yet: train it, or wait for its first one.")
-    return Trained(method, restored.state, path=folder, results=found.results, programs=programs)
+    latents = saved_latents(latents_path(folder, int(restored.state.step)), method)
+    return Trained(method, restored.state, path=folder, results=found.results, latents=latents, programs=programs)
+
+
+def latents_path(folder: Path, step: int) -> Path:
+    """Where the density of latents of a step is kept, of a run that has one."""
+    return folder / f"latents_{step:06d}.npz"
+
+
+def saved_latents(path: Path, method: Method) -> LatentMixture | None:
+    """The density of latents in a run's folder; None where there is none."""
+    remedy = "Remove it, and `spread-jax sample --latents mixture` fits it again."
+    try:
+        found = LatentMixture.load(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be used: {reason(error)} {remedy}") from None
+    if found.means.shape[1] != method.latent_dim:
+        raise UsageError(
+            f"{path} is of another run: its latents have {found.means.shape[1]} dimensions, and this run's have "
+            f"{method.latent_dim}. {remedy}"
+        )
+    return found
 
 
 def sample(
@@ -170,16 +196,17 @@ def sample(
     num: int,
     *,
     seed: int = 0,
-    latents: np.ndarray | Callable[[int, jax.Array], np.ndarray] | None = None,
+    latents: np.ndarray | Callable[[int, jax.Array], np.ndarray] | Literal["prior"] | None = None,
     last_step: bool = False,
 ) -> np.ndarray:
-    """Images x = g(z), z from the prior N(0, I) unless another density is given, by the generator's moving average.
+    """Images x = g(z) by the generator's moving average.
 
     Args:
       run: what `fit` or `open_run` returned, or a run's folder.
       num: how many.
       seed: of the latents; image i of a seed is the same whatever the number drawn.
-      latents: z [num, Z], or a sampler (num, key) -> z, such as `LatentDensity.sample`.
+      latents: z [num, Z], or a sampler (num, key) -> z, such as `LatentDensity.sample`, or "prior" for N(0, I). That of
+        the run if not given: `run.latents`, or the prior where that is None.
       last_step: draw with the networks of the last step in place of their moving average.
 
     Returns:
@@ -191,7 +218,11 @@ def sample(
     run = as_trained(run)
     if num < 1 or seed < 0:
         raise ValueError(f"num must be at least 1 and seed at least 0, got {num} and {seed}.")
-    if latents is None:
+    if latents is None and run.latents is not None:
+        latents = run.latents.sample
+    if latents is None or isinstance(latents, str):
+        if latents not in (None, "prior"):
+            raise ValueError(f'latents must be "prior", an array or a sampler, got {latents!r}.')
         latents = prior_latents(run.method.latent_dim, num, seed)
     elif callable(latents):
         latents = latents(num, jax.random.key(seed))

@@ -49,8 +49,8 @@ class FitSettings:
     held_out_examples: int = 500
     """Images of the test split in the final evaluation, of the validation split in the ones before."""
     mixture_samples: bool = False
-    """Draw a second grid of samples at the end of a run with an encoder, z from a mixture of ten Gaussians fitted to
-    the aggregate posterior of the training images."""
+    """At the end of a run with an encoder, fit a mixture of ten Gaussians to the aggregate posterior of the training
+    images: `sample` draws z from it, and there is a second grid of samples."""
 
     def validate(self) -> None:
         """Refuses numbers that cannot work.

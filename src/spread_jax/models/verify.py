@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,16 +60,17 @@ def log_ratios(run: Trained, images: np.ndarray, *, seed: int = 0, draws: int = 
     return in_batches(lambda x: (mean_ratio(run.state, x),), images)[0]
 
 
-def best_of(run: Trained, num: int, *, candidates: int = 4, seed: int = 0) -> np.ndarray:
+def best_of(run: Trained, num: int, *, candidates: int = 4, seed: int = 0, latents: Any = None) -> np.ndarray:
     r"""Of every few samples that which the critic finds likest to data.
 
-      x_i = g(z_ij) with the largest v(g(z_ij)) among j = 1 .. candidates,   z_ij ~ N(0, I).
+      x_i = g(z_ij) with the largest v(g(z_ij)) among j = 1 .. candidates.
 
     Args:
       run: as `log_ratios` takes it.
       num: how many to return.
       candidates: samples that each is the best of; 1 for all.
       seed: of latents and noise; the candidates are `sample`'s of this seed.
+      latents: where z is from, as `sample` takes it.
 
     Returns:
       float32 [num, height, width, channels] in [0, 1].
@@ -79,12 +81,12 @@ def best_of(run: Trained, num: int, *, candidates: int = 4, seed: int = 0) -> np
     if candidates < 1:
         raise ValueError(f"candidates must be at least 1, got {candidates}.")
     run = as_trained(run)
-    images = sample(run, num * candidates, seed=seed)
+    images = sample(run, num * candidates, seed=seed, latents=latents)
     told = log_ratios(run, images, seed=seed).reshape(num, candidates)
     return images[np.arange(num) * candidates + told.argmax(axis=1)]
 
 
-def rejection_sample(run: Trained, num: int, *, rate: float = 0.5, seed: int = 0) -> np.ndarray:
+def rejection_sample(run: Trained, num: int, *, rate: float = 0.5, seed: int = 0, latents: Any = None) -> np.ndarray:
     r"""Samples accepted with a probability that grows with what `log_ratios` says of them.
 
       P(accept x) = min(1, exp(v(x) - c)),   c such that the mean over samples is the rate.
@@ -96,6 +98,7 @@ def rejection_sample(run: Trained, num: int, *, rate: float = 0.5, seed: int = 0
       num: how many to return.
       rate: the share of samples that is accepted, in (0, 1].
       seed: of latents, noise and acceptance.
+      latents: where z is from, as `sample` takes it; of a sampler the first z must not depend on how many are drawn.
 
     Returns:
       float32 [num, height, width, channels] in [0, 1].
@@ -110,7 +113,7 @@ def rejection_sample(run: Trained, num: int, *, rate: float = 0.5, seed: int = 0
     run = as_trained(run)
     drawn, cut = math.ceil(num / rate), None
     while True:
-        images = sample(run, drawn, seed=seed)  # the first are those of the round before
+        images = sample(run, drawn, seed=seed, latents=latents)  # the first are those of the round before
         told = log_ratios(run, images, seed=seed).astype(np.float64)
         if not np.isfinite(told).all():
             raise ValueError(
