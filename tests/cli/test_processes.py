@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from spread_jax.cli import train
+from spread_jax.models import open_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +127,12 @@ def test_two_processes_are_one_run_that_one_continues(tmp_path, in_this_process)
     for place, loss in one.items():
         assert math.isclose(two[place], loss, rel_tol=1e-4), place
     assert jax.process_count() == 1
+
+    # The run ends with the mixture that its samples are drawn from.
+    run = open_run(workdir)
+    assert run.latents.means.shape == (10, 2)
+    np.testing.assert_allclose(run.latents.sample(500, jax.random.key(0)).std(axis=0), 1, atol=0.9)
+    assert "z from a mixture" in json.loads((workdir / "figures.json").read_text())["samples.png"]["caption"]
 
 
 @pytest.mark.skipif("SPREAD_JAX_KILLS" not in os.environ, reason="set SPREAD_JAX_KILLS to kill one of two processes")

@@ -35,6 +35,16 @@ def test_a_run_that_goes_wrong_is_told_what_to_do(changes, earlier, said):
     assert said is None or np.all([part in found[0] for part in said.split(".*")])
 
 
+def test_images_own_latents_are_known_by_heart_and_may_become_alike():
+    earlier = [{"divergence_bound": 0.9}, {"validation_coverage": 0.8}]
+    assert DensityRatioVae().advice(SOUND, earlier) == ()
+    (told,) = DensityRatioVae().advice({**SOUND, "coverage": 0.2}, earlier)
+    assert told.startswith("reconstructions cover 20%")
+    assert "raise bound_weight" in told
+    (told,) = DensityRatioVae().advice({**SOUND, "critic_accuracy": 0.97}, earlier)
+    assert "raise lowest_noise_scale" in told
+
+
 def test_coverage_is_that_of_the_evaluation():
     rng = np.random.default_rng(0)
     x, samples = rng.normal(size=(2, 40, 8, 8, 1)).astype(np.float32)

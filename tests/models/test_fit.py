@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import threading
 
 import flax.linen as nn
@@ -17,8 +18,10 @@ from spread_jax.models import (
     DeltaVae,
     EvaluateSettings,
     FitSettings,
+    Posteriors,
     SettingError,
     SpreadGan,
+    Trained,
     WaeMmd,
     encode,
     evaluate,
@@ -91,6 +94,30 @@ def test_a_run_leaves_what_it_promises(finished):
     records = records_of(path)
     assert [line["step"] for line in records if "elbo" in line] == [1, 2, 3, 4]
     assert [line["step"] for line in records if "validation_elbo_nats" in line] == [2, 4]
+
+
+def test_samples_are_drawn_from_the_mixture_that_the_run_ended_with(finished, tmp_path):
+    again = open_run(finished.path, networks=AUTOENCODER)
+    for mine, theirs in zip(again.latents, finished.latents, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    drawn = sample(again, 5, seed=3)
+    np.testing.assert_array_equal(drawn, sample(again, 5, seed=3, latents=finished.latents.sample))
+    of_prior = sample(again, 5, seed=3, latents="prior")
+    assert np.abs(drawn - of_prior).max() > 1e-4
+    np.testing.assert_array_equal(of_prior, sample(Trained(again.method, again.state), 5, seed=3))
+    with pytest.raises(ValueError, match="latents must be \"prior\", an array or a sampler, got 'posterior'"):
+        sample(again, 5, latents="posterior")
+    # Of another step there is none; what cannot be read is refused and not passed over.
+    assert open_run(finished.path, networks=AUTOENCODER, step=3).latents is None
+    copy = tmp_path / "copy"
+    shutil.copytree(finished.path, copy)
+    (copy / "latents_000004.npz").write_bytes(b"PK")
+    with pytest.raises(UsageError, match=r"latents_000004.npz cannot be used: .*Remove it"):
+        open_run(copy, networks=AUTOENCODER)
+    wider = fit_mixture(Posteriors(np.zeros((9, 5)), np.ones((9, 5))), components=1, seed=0)
+    (copy / "latents_000004.npz").write_bytes(wider.to_bytes())
+    with pytest.raises(UsageError, match=r"of another run: its latents have 5 dimensions, and this run's have 3"):
+        open_run(copy, networks=AUTOENCODER)
 
 
 def test_a_finished_run_is_read_back_by_its_own_networks(finished, tmp_path):

@@ -86,7 +86,8 @@ def test_a_mixture_of_latents_is_scipys_and_its_first_draws_stay(mixture):
     np.testing.assert_allclose(mixture.log_density(z), wanted, rtol=1e-10)
     draws = mixture.sample(40_000, jax.random.key(0))
     np.testing.assert_array_equal(mixture.sample(50, jax.random.key(0)), draws[:50])
-    assert draws.dtype == np.float32 and np.abs(mixture.sample(50, jax.random.key(1)) - draws[:50]).max() > 0.1
+    assert draws.dtype == np.float32
+    assert np.abs(mixture.sample(50, jax.random.key(1)) - draws[:50]).max() > 0.1
     mean = mixture.weights @ mixture.means
     second = sum(
         w * (L @ L.T + np.outer(m, m)) for w, m, L in zip(mixture.weights, mixture.means, mixture.roots, strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -132,31 +133,44 @@ class DensityRatio(ScalesMethod):
 
     def advice(self, numbers, earlier):
         """Says of a critic that it is too strong, too weak or knows images by heart, and of samples that collapse."""
-        bound, accuracy, coverage = (numbers[n] for n in ("divergence_bound_nats", "critic_accuracy", "coverage"))
-        said = []
-        if accuracy > _TOO_STRONG:
-            said.append(
-                f"the critic tells {accuracy:.0%} of held-out images from samples, and one that is always right "
-                "teaches little: raise lowest_noise_scale, or lower critic_learning_rate or critic_steps."
-            )
-        elif accuracy < _TOO_WEAK:
-            said.append(
-                f"the critic is right {accuracy:.0%} of the time, as by chance: if samples do not look right, raise "
-                "critic_learning_rate, critic_steps or critic_width."
-            )
+        bound = numbers["divergence_bound_nats"]
+        said = critic_advice(numbers["critic_accuracy"])
         trained = [record["divergence_bound"] for record in earlier if "divergence_bound" in record][-_RECENT:]
         if trained and (known := sum(trained) / len(trained)) > bound + _BY_HEART:
             said.append(
                 f"the critic's bound is {known:.2f} nats on training images and {bound:.2f} on held-out ones, so it "
                 "learns images by heart: use mirrored, more images, or a higher lowest_noise_scale."
             )
-        best = max((record["validation_coverage"] for record in earlier if "validation_coverage" in record), default=0)
-        if best > _COVERED and coverage < best / 2:
+        if fell := coverage_that_fell(numbers, earlier):
             said.append(
-                f"samples cover {coverage:.0%} of held-out images, and have covered {best:.0%}: they become alike. "
-                "Lower generator_learning_rate, or keep the bound as a term: density_ratio_vae."
+                f"samples {fell}: they become alike. Lower generator_learning_rate, or keep the bound as a term: "
+                "density_ratio_vae."
             )
         return tuple(said)
+
+
+def critic_advice(accuracy: float) -> list[str]:
+    """What a user should know of how often a critic is right about held-out images."""
+    if accuracy > _TOO_STRONG:
+        return [
+            f"the critic tells {accuracy:.0%} of held-out images from samples, and one that is always right "
+            "teaches little: raise lowest_noise_scale, or lower critic_learning_rate or critic_steps."
+        ]
+    if accuracy < _TOO_WEAK:
+        return [
+            f"the critic is right {accuracy:.0%} of the time, as by chance: if samples do not look right, raise "
+            "critic_learning_rate, critic_steps or critic_width."
+        ]
+    return []
+
+
+def coverage_that_fell(numbers: Mapping[str, float], earlier: Sequence[Mapping[str, float]]) -> str | None:
+    """What became of a coverage that has been good, if it is no more."""
+    coverage = numbers["coverage"]
+    best = max((record["validation_coverage"] for record in earlier if "validation_coverage" in record), default=0)
+    if not best > _COVERED or coverage >= best / 2:
+        return None
+    return f"cover {coverage:.0%} of held-out images, and have covered {best:.0%}"
 
 
 # Of what `advice` speaks: shares that a critic is right, recent records, nats, and a coverage worth keeping.

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spread_jax.models.density_ratio import DensityRatio
+from spread_jax.models.density_ratio import DensityRatio, coverage_that_fell, critic_advice
 from spread_jax.models.method import Encoded, adam, parts_of
 from spread_jax.noise import GaussianNoise, SpreadNoise
 from spread_jax.objectives import spread_elbo
@@ -122,6 +122,13 @@ class DensityRatioVae(DensityRatio):
             "kl_nats": terms.kl,
             "reconstruction_mse": jnp.square(decode(encode(y)[0]) - x).reshape(len(x), -1).mean(axis=1),
         }
+
+    def advice(self, numbers, earlier):
+        """Says of a critic that it is too strong or too weak, and of reconstructions that become alike."""
+        said = critic_advice(numbers["critic_accuracy"])
+        if fell := coverage_that_fell(numbers, earlier):
+            said.append(f"reconstructions {fell}: raise bound_weight, or lower generator_learning_rate.")
+        return tuple(said)
 
     def encode(self, state, x, *, key):
         """q(z|y) of images spread once."""
