@@ -70,7 +70,7 @@ EVALUATED = {
     "spread_gan": {"divergence_bound_nats"},
     "density_ratio": {"divergence_bound_nats", "critic_accuracy", "coverage"},
     "density_ratio_vae": {
-        "divergence_bound_nats", "critic_accuracy", "coverage", "elbo_nats", "kl_nats", "reconstruction_mse",
+        "divergence_bound_nats", "critic_accuracy", "elbo_nats", "kl_nats", "reconstruction_mse",
     },
     "score_difference": {"score_difference", "data_denoising_error"},
 }  # fmt: skip

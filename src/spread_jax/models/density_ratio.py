@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -122,14 +121,15 @@ class DensityRatio(ScalesMethod):
         """
         latent_key, noise_key = jax.random.split(key)
         generated = self.compared(state.params, state.variables, x, latent_key, train=False)
+        coverage = jnp.broadcast_to(_coverage(x, generated), (len(x),))
+        return {**self.critic_numbers(state, x, generated, noise_key), "coverage": coverage}
+
+    def critic_numbers(self, state, x, generated, key):
+        """The critic's lower bound on the divergence over scales of two sets of images, and how often it is right."""
         critic = self.network("critic", state.params, state.variables, train=False)
-        losses = density_ratio_losses(x, generated, critic, self.law(), key=noise_key)
-        every = lambda value: jnp.broadcast_to(value, (len(x),))
-        return {
-            "divergence_bound_nats": every(losses.divergence),
-            "critic_accuracy": every(losses.accuracy),
-            "coverage": every(_coverage(x, generated)),
-        }
+        losses = density_ratio_losses(x, generated, critic, self.law(), key=key)
+        found = {"divergence_bound_nats": losses.divergence, "critic_accuracy": losses.accuracy}
+        return {name: jnp.broadcast_to(value, (len(x),)) for name, value in found.items()}
 
     def advice(self, numbers, earlier):
         """Says of a critic that it is too strong, too weak or knows images by heart, and of samples that collapse."""
@@ -141,10 +141,12 @@ class DensityRatio(ScalesMethod):
                 f"the critic's bound is {known:.2f} nats on training images and {bound:.2f} on held-out ones, so it "
                 "learns images by heart: use mirrored, more images, or a higher lowest_noise_scale."
             )
-        if fell := coverage_that_fell(numbers, earlier):
+        coverage = numbers["coverage"]
+        best = max((record["validation_coverage"] for record in earlier if "validation_coverage" in record), default=0)
+        if best > _COVERED and coverage < best / 2:
             said.append(
-                f"samples {fell}: they become alike. Lower generator_learning_rate, or keep the bound as a term: "
-                "density_ratio_vae."
+                f"samples cover {coverage:.0%} of held-out images, and have covered {best:.0%}: they become alike. "
+                "Lower generator_learning_rate, or keep the bound as a term: density_ratio_vae."
             )
         return tuple(said)
 
@@ -162,15 +164,6 @@ def critic_advice(accuracy: float) -> list[str]:
             "critic_learning_rate, critic_steps or critic_width."
         ]
     return []
-
-
-def coverage_that_fell(numbers: Mapping[str, float], earlier: Sequence[Mapping[str, float]]) -> str | None:
-    """What became of a coverage that has been good, if it is no more."""
-    coverage = numbers["coverage"]
-    best = max((record["validation_coverage"] for record in earlier if "validation_coverage" in record), default=0)
-    if not best > _COVERED or coverage >= best / 2:
-        return None
-    return f"cover {coverage:.0%} of held-out images, and have covered {best:.0%}"
 
 
 # Of what `advice` speaks: shares that a critic is right, recent records, nats, and a coverage worth keeping.

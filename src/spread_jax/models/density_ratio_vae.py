@@ -10,13 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from spread_jax.models.density_ratio import DensityRatio, coverage_that_fell, critic_advice
+from spread_jax.models.density_ratio import DensityRatio, critic_advice
 from spread_jax.models.method import Encoded, adam, parts_of
 from spread_jax.noise import GaussianNoise, SpreadNoise
 from spread_jax.objectives import spread_elbo
 from spread_jax.training import LossOutput, Player, TrainState
 
 __all__ = ["DensityRatioVae"]
+
+_WORSE = 1.5  # how many times the best error so far is worth a word
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,18 +43,28 @@ class DensityRatioVae(DensityRatio):
     title: ClassVar[str] = "delta-VAE sharpened by density ratios over many scales of noise"
     parts: ClassVar = ("encoder", "generator", "critic")
     headlines: ClassVar = {"elbo": "ELBO {:.0f} nats", **DensityRatio.headlines}
-    summaries: ClassVar = {"elbo_nats": "ELBO {:.1f} nats", **DensityRatio.summaries}
+    summaries: ClassVar = {
+        "elbo_nats": "ELBO {:.1f} nats",
+        "divergence_bound_nats": "divergence at least {:.3f} nats",
+        "reconstruction_mse": "reconstruction error {:.5f}",
+    }
     curves: ClassVar = {
         "nats per example": {"elbo": "ELBO, training batch", "validation_elbo_nats": "ELBO, validation"},
-        **DensityRatio.curves,
+        "squared error per pixel": {"validation_reconstruction_mse": "reconstruction, validation"},
+        **{label: DensityRatio.curves[label] for label in DensityRatio.curves if label != "share"},
+        "share": {"critic_accuracy": "told by the critic, training batch"},
     }
     bounds: ClassVar = ("elbo_nats",)
     mixture_latents: ClassVar = True
 
     noise_scale: float = 0.25
     """Standard deviation of the noise that images are spread by for the encoder and the bound."""
-    bound_weight: float = 64.0
+    bound_weight: float = 32.0
     """Weight of the bound in nats per number of an image; of less the critic makes all images alike."""
+    generator_learning_rate: float = 1e-3
+    """Adam's learning rate for the generator."""
+    critic_learning_rate: float = 2e-3
+    """Adam's learning rate for the critic, which has to be ahead of the generator."""
     encoder_learning_rate: float = 1e-3
     """Adam's learning rate for the encoder."""
 
@@ -110,24 +122,27 @@ class DensityRatioVae(DensityRatio):
 
     def evaluate(self, state: TrainState, x: jax.Array, *, key: jax.Array) -> Mapping[str, jax.Array]:
         """The critic's numbers, of what is made of the images' own latents; the bound, its KL and squared errors."""
-        ratio_key, spread_key, latent_key = jax.random.split(key, 3)
-        encode, decode = (
-            self.network(part, state.params, state.variables, train=False) for part in ("encoder", "generator")
-        )
-        y = self._noise().sample(x, key=spread_key)
-        terms = spread_elbo(x, encode, decode, self._noise(), key=latent_key, spread_samples=y)
+        bound_key, ratio_key, error_key = jax.random.split(key, 3)
+        terms, generated, _ = self._again(state.params, state.variables, x, bound_key, train=False)
+        decode = self.network("generator", state.params, state.variables, train=False)
+        errors = decode(self.encode(state, x, key=error_key).mean) - x
         return {
-            **super().evaluate(state, x, key=ratio_key),
+            **self.critic_numbers(state, x, generated, ratio_key),
             "elbo_nats": terms.elbo,
             "kl_nats": terms.kl,
-            "reconstruction_mse": jnp.square(decode(encode(y)[0]) - x).reshape(len(x), -1).mean(axis=1),
+            "reconstruction_mse": jnp.square(errors).reshape(len(x), -1).mean(axis=1),
         }
 
     def advice(self, numbers, earlier):
-        """Says of a critic that it is too strong or too weak, and of reconstructions that become alike."""
-        said = critic_advice(numbers["critic_accuracy"])
-        if fell := coverage_that_fell(numbers, earlier):
-            said.append(f"reconstructions {fell}: raise bound_weight, or lower generator_learning_rate.")
+        """Says of a critic that it is too strong or too weak, and of reconstructions that become worse."""
+        said, error = critic_advice(numbers["critic_accuracy"]), numbers["reconstruction_mse"]
+        name = "validation_reconstruction_mse"
+        best = min((record[name] for record in earlier if name in record), default=error)
+        if error > _WORSE * best:
+            said.append(
+                f"the squared error of reconstructions is {error:.4f}, and has been {best:.4f}: raise bound_weight, or "
+                "lower generator_learning_rate."
+            )
         return tuple(said)
 
     def encode(self, state, x, *, key):

@@ -16,7 +16,7 @@ T = TypeVar("T")
 PRESETS: dict[str, dict[str, Any]] = {
     # Sized for two CPU cores and minutes, on synthetic faces.
     "demo": {"objective": "density_ratio", "steps": 3500, "mirrored": True, "sample_every": 1400, "save_every": 1400},
-    # The same on photographs, with an encoder and the bound, which keep few images from being all alike.
+    # On photographs what is made of an image's own latents is compared with it, which keeps few from being all alike.
     "small": {
         "objective": "density_ratio_vae",
         "mirrored": True,
