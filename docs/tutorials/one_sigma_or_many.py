@@ -154,6 +154,6 @@ assert found["blurs the clusters"][0] > 0.8 * np.log(2)
 # `spread-jax train --objective density_ratio` trains a generator of images by it. `--lowest-noise-scale` says how fine
 # the detail is that anything looks at: what is finer stays in the samples as grain. `--highest-noise-scale` should be
 # large enough for data and untrained samples to overlap; for images in [0, 1], 1 is. With few images, or where samples
-# become alike, `--objective density_ratio_vae` compares images with what is made of their own latents and keeps the bound
-# of the delta-VAE as a term: the bound covers the data, the critic sharpens. Latents of samples are then drawn from a
-# mixture of Gaussians fitted to those of the images.
+# become alike, `--objective density_ratio_vae` compares images with what is made of their own latents, and keeps the
+# bound of the delta-VAE as a term: the bound covers the data, the critic sharpens. Latents of samples are then drawn
+# from a mixture of Gaussians fitted to those of the images.

@@ -262,12 +262,20 @@ def test_an_evaluation_has_what_its_method_can_tell(finished, tmp_path):
     numbers, rows = evaluate(finished, data, settings, cache_dir=str(tmp_path), say=said.append)
     assert rows.shape == (8, 6, *IMAGE)
     expected = {
-        "frechet_distance", "real_frechet_distance", "mixture_frechet_distance", "coverage", "sharpness",
+        "frechet_distance", "real_frechet_distance", "prior_frechet_distance", "coverage", "sharpness",
         "importance_bound_nats", "annealed_log_likelihood_nats", "memorised_share", "noise_scale",
     }  # fmt: skip
     assert expected <= set(numbers)
     assert numbers["step"] == 4
     assert numbers["samples"] == 32
+    assert any("latents from a mixture, against 32" in sentence for sentence in said)
+    # Without a mixture of its own the samples are the prior's, and those of a fitted mixture stand beside them.
+    others, _ = evaluate(
+        Trained(finished.method, finished.state), data,
+        dataclasses.replace(settings, importance_examples=0, annealed_examples=0), cache_dir=str(tmp_path),
+        say=said.append,
+    )  # fmt: skip
+    assert others["frechet_distance"] == numbers["prior_frechet_distance"] != others["mixture_frechet_distance"]
     assert any("latents from a fitted mixture" in sentence for sentence in said)
     wae = fit(WaeMmd(latent_dim=3, networks=AUTOENCODER), data, tmp_path / "wae",
               dataclasses.replace(SHORT, steps=1), pictures=False, **QUIET)  # fmt: skip

@@ -5,7 +5,8 @@
 
 Adds `evaluation` to the run's results.json, draws neighbours.png and writes report.html. Numbers that begin with
 `real_` are of training images: what a perfect generator would get; those that begin with `mixture_`, of samples whose
-latents are from a mixture fitted to the aggregate posterior.
+latents are from a mixture fitted to the aggregate posterior; with `prior_`, from the prior, where the run itself ended
+with such a mixture.
 
 Features of the run's own data are trained once for each data set, about a minute on 2 cores, see `spread-jax features`;
 those of the 64x64 synthetic faces come with the package. Distances compare only where `features_fingerprint` is the

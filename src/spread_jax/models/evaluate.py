@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -39,7 +40,8 @@ class EvaluateSettings:
     """Held-out images to compare with, at most, and as many samples."""
     mixture_components: int = 10
     """Gaussians in the mixture that is fitted to the aggregate posterior, for samples whose latents are drawn from it
-    beside those from the prior; 0 for none. For methods with an encoder."""
+    beside those from the prior, or the other way round where the run ended with a mixture; 0 for samples of one kind.
+    For methods with an encoder."""
     latent_examples: int = 5000
     """Training images whose posteriors it is fitted to, at most."""
     importance_examples: int = 200
@@ -96,7 +98,8 @@ def evaluate(
         kernel_distance      unbiased, with its standard error
         precision, recall, density, coverage; sharpness over that of real images (1 is as sharp)
         real_*               the same for training against held-out images: what a perfect generator would get
-        mixture_*            the same for samples whose latents are from a mixture fitted to the aggregate posterior
+        mixture_*            the same for samples whose latents are from a mixture fitted to the aggregate posterior;
+                             prior_* in its place, from the prior, where `sample` draws from a mixture itself
         importance_bound     on the spread log-likelihood of held-out images, nats per example at the last noise, where
                              an encoder of spread images was trained; annealed importance sampling needs none
         memorised_share      of samples nearer to a training image than 99 % of the held-out images are: expect 0.01
@@ -112,8 +115,18 @@ def evaluate(
     scores.require_enough(train, test)
     extract = scores.find_features(settings.features, train, cache_dir=cache_dir, steps=settings.feature_steps, say=say)
     count = min(settings.samples, len(test))
-    say(f"{count} samples of step {int(run.state.step)} against {count} held-out images; features: {extract.name}")
-    samples = draw_bytes(run, count, settings.seed)
+    fit_latents = functools.partial(
+        fitted_latents, run, train, components=settings.mixture_components, count=settings.latent_examples
+    )
+    density = run.latents
+    if density is None and run.method.mixture_latents:  # of a step before the last
+        density = fit_latents(components=settings.mixture_components or EvaluateSettings.mixture_components)
+    told = "the prior" if density is None else "a mixture"
+    say(
+        f"{count} samples of step {int(run.state.step)}, latents from {told}, against {count} held-out images; "
+        f"features: {extract.name}"
+    )
+    samples = draw_bytes(run, count, settings.seed, density)
     held_out = np.asarray(test.images[:count])
     sample_features, held_out_features = extract(samples), extract(held_out)
     train_features = scores.features_of(extract, train.images)
@@ -128,11 +141,12 @@ def evaluate(
     told = found["frechet_distance"], found.get("real_frechet_distance", math.nan)
     say(f"Fréchet distance {told[0]:.2f} (training images: {told[1]:.2f}), sharpness {found['sharpness']:.2f}")
     if run.has_encoder and settings.mixture_components:
-        density = fitted_latents(run, train, components=settings.mixture_components, count=settings.latent_examples)
-        others = draw_bytes(run, count, settings.seed, density)
-        of_mixture = scores.sample_scores(others, held_out, held_out_features, extract)
-        found |= {f"mixture_{name}": value for name, value in of_mixture.items()}
-        say(f"latents from a fitted mixture: Fréchet distance {of_mixture['frechet_distance']:.2f}")
+        other, name = (fit_latents(), "mixture") if density is None else (None, "prior")
+        others = draw_bytes(run, count, settings.seed, other)
+        of_others = scores.sample_scores(others, held_out, held_out_features, extract)
+        found |= {f"{name}_{of}": value for of, value in of_others.items()}
+        told = "a fitted mixture" if density is None else "the prior"
+        say(f"latents from {told}: Fréchet distance {of_others['frechet_distance']:.2f}")
 
     # Memorisation: do samples lie nearer to training images than unseen real images do?
     neighbours, distances = nearest_neighbours(sample_features, train_features, k=min(5, len(train)))
