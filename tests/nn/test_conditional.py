@@ -6,8 +6,10 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+from spread_jax import GaussianNoise, spread_gan_losses
 from spread_jax.nn import Denoiser, ScaleCritic
 from spread_jax.nn.conditional import haar_parts
 
@@ -239,3 +241,39 @@ def test_what_has_no_network_is_refused(kind):
 def test_a_denoiser_needs_blocks():
     with pytest.raises(ValueError, match=r"y must have an even height and width, got shape \(1, 6, 5, 1\)"):
         jax.eval_shape(Denoiser(width=2).init, jax.random.key(0), jnp.zeros((1, 6, 5, 1)), 0.5)
+
+
+def test_a_critic_of_equal_distributions_ends_at_2_log_2():
+    """The logistic loss 2 log 2 - 2 JS of two equal sets, never below 2 log 2 and there at v = 0; each image alone."""
+    critic, noise, optimizer = ScaleCritic(width=2), GaussianNoise(1e-3), optax.adam(0.02)
+    rng = np.random.default_rng(0)
+    x, other = (jnp.asarray(rng.uniform(size=(8, 8, 8, 1)), jnp.float32) for _ in range(2))
+    shapes = jax.eval_shape(critic.init, jax.random.key(0), x, 1.0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+
+    @jax.jit
+    def step(params, opt_state, x):
+        def loss(params):
+            v = lambda y: critic.apply(params, y, 1.0)
+            losses = spread_gan_losses(x, x[::-1], v, noise, key=jax.random.key(1))
+            return 2 * jnp.log(2.0) - 2 * losses.divergence, v(x)
+
+        (value, v), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        updates, opt_state = optimizer.update(gradient, opt_state)
+        return optax.apply_updates(params, updates), opt_state, value, v, gradient
+
+    opt_state = optimizer.init(params)
+    even = {"params": {**params["params"], "score": jax.tree.map(jnp.zeros_like, params["params"]["score"])}}
+    assert float(step(even, opt_state, x)[2]) == pytest.approx(2 * np.log(2), abs=1e-6)
+    alone, among_others = (step(params, opt_state, batch)[3] for batch in (x, other.at[0].set(x[0])))
+    np.testing.assert_allclose(alone[0], among_others[0], rtol=1e-4, atol=1e-5)
+    assert np.abs(alone[1:] - among_others[1:]).min() > 1e-4
+    values = []
+    params["params"]["score"] = jax.tree.map(lambda leaf: 5 * leaf, params["params"]["score"])
+    for _ in range(60):
+        params, opt_state, value, _, gradient = step(params, opt_state, x)
+        values.append(float(value))
+    assert values[0] > 2 * np.log(2) + 0.01
+    assert min(values) > 2 * np.log(2) - 1e-3
+    assert values[-1] == pytest.approx(2 * np.log(2), abs=5e-3)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

@@ -7,18 +7,13 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from spread_jax import GaussianNoise, spread_gan_losses
 from spread_jax.nn import (
-    Critic,
-    DenseCritic,
     DenseEncoder,
     DenseGenerator,
     Encoder,
     Generator,
-    image_critic,
     image_encoder,
     image_generator,
 )
@@ -26,8 +21,7 @@ from spread_jax.nn import (
 
 def kernel_shapes(module, shape):
     """Shapes of the kernels, convolutions first, without computing anything; and of all variables."""
-    mode = {} if isinstance(module, (Critic, DenseCritic)) else {"train": False}
-    init = functools.partial(module.init, **mode)
+    init = functools.partial(module.init, train=False)
     variables = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, *shape)))
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
     return [leaf.shape for path, leaf in leaves if path[-1].key == "kernel"], variables
@@ -51,8 +45,6 @@ PUBLISHED = {
         [*chain(1, 64, 128, taps=4), (7 * 7 * 128, 1024), (1024, 10), (1024, 10)],
     ),
     "generator 28": (DenseGenerator(), (10,), [*chain(128, 64, 1, taps=4), (10, 1024), (1024, 7 * 7 * 128)]),
-    "critic": (Critic(width=4), (64, 64, 3), [*chain(3, 4, 8, 16, 32), (512, 1)]),
-    "critic 28": (DenseCritic(width=4), (28, 28, 1), [*chain(1, 4, 8, taps=4), (392, 64), (64, 1)]),
 }
 
 
@@ -61,8 +53,7 @@ def test_layers_are_as_published(name):
     module, shape, expected = PUBLISHED[name]
     shapes, variables = kernel_shapes(module, shape)
     assert shapes == expected
-    # A critic has no statistics of a batch.
-    assert set(variables) == ({"params"} if "critic" in name else {"params", "batch_stats"})
+    assert set(variables) == {"params", "batch_stats"}
 
 
 def wave(shape):
@@ -81,10 +72,8 @@ RELEASED = {
     "encoder": (Encoder(6, width=4), (64, 64, 3), "30393e85", -1.3597732, -1.404142),
     "generator": (Generator(width=4), (6,), "8b231a92", -28.498511, 0.624087),
     "generator of the WAE": (Generator(width=4, start=8), (6,), "8075b69d", -27.421582, 1.306824),
-    "critic": (Critic(width=4), (64, 64, 3), "e9151578", -3.2973453, -1.123630),
     "encoder 28": (DenseEncoder(6, width=4), (28, 28, 1), "39f47ecb", -0.9808667, -1.827770),
     "generator 28": (DenseGenerator(width=4), (6,), "f227bbd9", -32.797070, -0.003083),
-    "critic 28": (DenseCritic(width=4), (28, 28, 1), "3f330ce8", -9.874317, -0.259904),
 }
 
 
@@ -93,13 +82,12 @@ def computed(name):
     """Initial variables of a network, and its output where none of them is left at 0 or 1."""
     module, shape, *_ = RELEASED[name]
     x = jnp.asarray(wave((2, *shape)), jnp.float32)
-    mode = {} if "critic" in name else {"train": False}
 
     @jax.jit
     def compute(key):
-        variables = module.init(key, x, **mode)
+        variables = module.init(key, x, train=False)
         moved = jax.tree.map(lambda leaf: leaf + 0.1 * jnp.asarray(wave(leaf.shape), jnp.float32), variables)
-        return variables, module.apply(moved, x, **mode)
+        return variables, module.apply(moved, x, train=False)
 
     return compute(jax.random.key(3))
 
@@ -135,12 +123,9 @@ def test_networks_for_every_size(side, channels):
 
     y, z = jnp.zeros((3, *shape)), jnp.zeros((3, 5))
     (mean, log_std), of_encoder = made(image_encoder(shape, latent_dim=5, width=2), y, train=False)
-    v, of_critic = made(image_critic(shape, width=2), y)
     assert mean.shape == log_std.shape == (3, 5)
-    assert v.shape == (3,)
-    for kernels in (of_encoder, of_critic):
-        assert [kernel[2:] for kernel in kernels[:halvings]] == list(itertools.pairwise(widths))
-        assert kernels[halvings][0] == least**2 * widths[-1]
+    assert [kernel[2:] for kernel in of_encoder[:halvings]] == list(itertools.pairwise(widths))
+    assert of_encoder[halvings][0] == least**2 * widths[-1]
     for start in (4,) if least == 7 else (4, 8):
         x, kernels = made(image_generator(shape, width=2, start=start), z, train=False)
         assert x.shape == y.shape
@@ -153,14 +138,14 @@ REFUSED = {
         r"no network for images of shape \(48, 48, 3\)",
     ),
     "its sides": (
-        lambda: image_critic((8, 8, 3), width=2),
+        lambda: image_generator((8, 8, 3), width=2),
         "a side of 16, 28, 32, 56, 64, 112, 128, 224 or 256 pixels",
     ),
     "not square": (lambda: image_generator((64, 32, 3), width=2), "square"),
-    "no channels": (lambda: image_critic((64, 64), width=2), r"must be \[height, width, channels\]"),
-    "no shape": (lambda: image_critic(64, width=2), r"must be \[height, width, channels\]"),
+    "no channels": (lambda: image_generator((64, 64), width=2), r"must be \[height, width, channels\]"),
+    "no shape": (lambda: image_generator(64, width=2), r"must be \[height, width, channels\]"),
     "width": (lambda: image_encoder((64, 64, 3), latent_dim=2, width=0), "width must be at least 1, got 0"),
-    "fraction": (lambda: image_critic((28, 28, 1), width=1.5), "width must be a Python integer, got float"),
+    "fraction": (lambda: image_generator((28, 28, 1), width=1.5), "width must be a Python integer, got float"),
     "odd width": (lambda: image_generator((64, 64, 3), width=3), "width must be an even number.*; got 3"),
     "latent": (lambda: image_encoder((28, 28, 1), latent_dim=0, width=2), "latent_dim must be at least 1"),
     "start": (lambda: image_generator((64, 64, 3), width=2, start=16), "start must be 4 or 8, got 16"),
@@ -225,8 +210,7 @@ def test_forward_and_backward(pair, compute):
 def test_half_precision_is_promoted_where_nothing_may_be(name):
     """Traced alone: statistics of half precision are taken in float32."""
     module, shape, *_ = RELEASED[name]
-    mode = {} if "critic" in name else {"train": True}
-    run = functools.partial(module.copy(dtype=jnp.bfloat16).init_with_output, **mode)
+    run = functools.partial(module.copy(dtype=jnp.bfloat16).init_with_output, train=True)
     output, variables = jax.eval_shape(run, jax.random.key(0), jnp.zeros((2, *shape)))
     assert {leaf.dtype.name for leaf in jax.tree.leaves((output, variables))} == {"float32"}
 
@@ -257,39 +241,3 @@ def test_evaluation_treats_examples_apart():
     evaluate = jax.jit(lambda x: module.apply(variables, x, train=False)[0])
     np.testing.assert_array_equal(evaluate(x)[0], evaluate(x.at[1:].set(0.5))[0])
     assert np.abs(evaluate(x)[1:] - evaluate(x.at[1:].set(0.5))[1:]).max() > 1e-3
-
-
-def test_a_critic_of_equal_distributions_ends_at_2_log_2():
-    """The logistic loss 2 log 2 - 2 JS of two equal sets, never below 2 log 2 and there at v = 0; each image alone."""
-    critic, noise, optimizer = DenseCritic(width=2), GaussianNoise(1e-3), optax.adam(0.02)
-    rng = np.random.default_rng(0)
-    x, other = (jnp.asarray(rng.uniform(size=(8, 28, 28, 1)), jnp.float32) for _ in range(2))
-    shapes = jax.eval_shape(critic.init, jax.random.key(0), x)
-    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
-
-    @jax.jit
-    def step(params, opt_state, x):
-        def loss(params):
-            v = lambda y: critic.apply(params, y)
-            losses = spread_gan_losses(x, x[::-1], v, noise, key=jax.random.key(1))
-            return 2 * jnp.log(2.0) - 2 * losses.divergence, v(x)
-
-        (value, v), gradient = jax.value_and_grad(loss, has_aux=True)(params)
-        updates, opt_state = optimizer.update(gradient, opt_state)
-        return optax.apply_updates(params, updates), opt_state, value, v, gradient
-
-    opt_state = optimizer.init(params)
-    even = {"params": {**params["params"], "score": jax.tree.map(jnp.zeros_like, params["params"]["score"])}}
-    assert float(step(even, opt_state, x)[2]) == pytest.approx(2 * np.log(2), abs=1e-6)
-    alone, among_others = (step(params, opt_state, batch)[3] for batch in (x, other.at[0].set(x[0])))
-    np.testing.assert_allclose(alone[0], among_others[0], rtol=1e-4, atol=1e-5)
-    assert np.abs(alone[1:] - among_others[1:]).min() > 1e-4
-    values = []
-    params["params"]["score"] = jax.tree.map(lambda leaf: 5 * leaf, params["params"]["score"])
-    for _ in range(60):
-        params, opt_state, value, _, gradient = step(params, opt_state, x)
-        values.append(float(value))
-    assert values[0] > 2 * np.log(2) + 0.01
-    assert min(values) > 2 * np.log(2) - 1e-3
-    assert values[-1] == pytest.approx(2 * np.log(2), abs=5e-3)
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))

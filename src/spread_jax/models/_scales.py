@@ -24,33 +24,29 @@ class ToldScale(Method):
     """Mean of the images' pixels, which are in [0, 1]; of the training images if not given."""
     data_scale: float | None = None
     """Standard deviation of the images' pixels; of the training images if not given."""
-    detail_scale: float | None = None
-    """Root mean square of the differences within blocks of 2x2 pixels; of the training images if not given."""
 
     def validate(self) -> None:
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()
-        for name in ("data_scale", "detail_scale"):
-            if getattr(self, name) is not None:
-                self.require_positive(name)
+        if self.data_scale is not None:
+            self.require_positive("data_scale")
         if self.data_mean is not None and not math.isfinite(self.data_mean):
             raise SettingError("data_mean", f"must be finite, got {self.data_mean}.")
 
     def with_data(self, images: np.ndarray) -> Method:
         """With the scales of the first 5,000 images, where they are not given."""
-        unit = np.asarray(images[:5000]) / 255.0
-        found = {
-            "data_mean": float(unit.mean()),
-            "data_scale": max(float(unit.std()), 1e-3),
-            "detail_scale": max(math.sqrt(np.square(haar_parts(unit)[1]).mean()), 1e-3),
-        }
-        missing = {name: round(value, 6) for name, value in found.items() if getattr(self, name) is None}
+        found = self.scales_of(np.asarray(images[:5000]) / 255.0)
+        missing = {name: round(float(value), 6) for name, value in found.items() if getattr(self, name) is None}
         return dataclasses.replace(super().with_data(images), **missing)
+
+    def scales_of(self, images: np.ndarray) -> dict[str, float]:
+        """{setting: what it is of images in [0, 1]}."""
+        return {"data_mean": images.mean(), "data_scale": max(images.std(), 1e-3)}
 
     def told_network(self, kind: Any, width: int) -> Any:
         """A network that is told the scale of the noise, for data of this mean and these scales."""
-        known = {name: getattr(self, name) for name in ("data_mean", "data_scale", "detail_scale")}
-        known = {name: value for name, value in known.items() if value is not None and hasattr(kind, name)}
+        known = {name: getattr(self, name, None) for name in ("data_mean", "data_scale", "detail_scale")}
+        known = {name: value for name, value in known.items() if value is not None}
         return kind(width, dtype=jnp.dtype(self.compute_dtype), **known)
 
     def example_inputs(self, part: str) -> tuple[jax.Array, ...]:
@@ -61,6 +57,25 @@ class ToldScale(Method):
     def game_adam(self, rate: float, steps: int, *, warmup: bool = False) -> optax.GradientTransformation:
         """Adam without momentum, as Diffusion-GAN and the nets before it have it: what a player follows moves."""
         return optax.adam(self.schedule(rate, steps, warmup=warmup), b1=0.0, b2=0.99)
+
+
+@dataclasses.dataclass(frozen=True)
+class ToldDetail(ToldScale):
+    """A method with a `ScaleCritic`, which sees coarse and fine parts of images."""
+
+    detail_scale: float | None = None
+    """Root mean square of the differences within blocks of 2x2 pixels; of the training images if not given."""
+
+    def validate(self) -> None:
+        """Refuses settings that cannot work; see `Method.validate`."""
+        super().validate()
+        if self.detail_scale is not None:
+            self.require_positive("detail_scale")
+
+    def scales_of(self, images: np.ndarray) -> dict[str, float]:
+        """{setting: what it is of images in [0, 1]}."""
+        fine = max(math.sqrt(np.square(haar_parts(images)[1]).mean()), 1e-3)
+        return {**super().scales_of(images), "detail_scale": fine}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax.divergences import jensen_shannon, kl, reverse_kl
-from spread_jax.models._scales import ScalesMethod
+from spread_jax.models._scales import ScalesMethod, ToldDetail
 from spread_jax.models.method import parts_of
 from spread_jax.nn import ScaleCritic
 from spread_jax.objectives import density_ratio_generator_loss, density_ratio_losses, non_saturating
@@ -21,7 +21,7 @@ _DESCENTS = {"non_saturating": non_saturating, "js": jensen_shannon, "reverse_kl
 
 
 @dataclasses.dataclass(frozen=True)
-class DensityRatio(ScalesMethod):
+class DensityRatio(ScalesMethod, ToldDetail):
     r"""Generator against a critic that is told the scale of the noise, over a law of scales.
 
       D_w(p||q) = E_{sigma ~ w} D_f(p~_sigma || q~_sigma),   log sigma uniform between two ends.

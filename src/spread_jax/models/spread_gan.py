@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from spread_jax.divergences import jensen_shannon, kl
-from spread_jax.models._scales import ToldScale
+from spread_jax.models._scales import ToldDetail
 from spread_jax.models._spread import SpreadMethod
 from spread_jax.models.method import adam, parts_of, to_unit
 from spread_jax.nn import ScaleCritic
@@ -24,7 +24,7 @@ _DIVERGENCES = {"js": jensen_shannon, "kl": kl}
 
 
 @dataclasses.dataclass(frozen=True)
-class SpreadGan(ToldScale, SpreadMethod):
+class SpreadGan(ToldDetail, SpreadMethod):
     r"""Generator against critic, on spread data and spread samples: an f-GAN with instance noise.
 
       D_f(p~||q~)  >=  E_{p~} T(y) - E_{q~} f*(T(y)),

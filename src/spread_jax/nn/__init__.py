@@ -4,13 +4,10 @@ from spread_jax.nn.conditional import Denoiser, ScaleCritic
 from spread_jax.nn.convolutions import Conv, ConvTranspose, conv, conv_transpose
 from spread_jax.nn.flows import CouplingFlow
 from spread_jax.nn.images import (
-    Critic,
-    DenseCritic,
     DenseEncoder,
     DenseGenerator,
     Encoder,
     Generator,
-    image_critic,
     image_encoder,
     image_generator,
 )
@@ -29,9 +26,7 @@ __all__ = [
     "Conv",
     "ConvTranspose",
     "CouplingFlow",
-    "Critic",
     "Denoiser",
-    "DenseCritic",
     "DenseEncoder",
     "DenseGenerator",
     "Encoder",
@@ -45,7 +40,6 @@ __all__ = [
     "conv_transpose",
     "convolution_norm",
     "convolution_norm_bound",
-    "image_critic",
     "image_encoder",
     "image_generator",
     "invert",

@@ -54,8 +54,9 @@ class ScaleCritic(_Conditional):
     2 samples of faces are sharper and further from the data; at one scale for all parts they are blurred.
     A 3x3 convolution takes them to width channels, and 5x5 stride-2 ones to 4x4 or less, with 2 width, 4 width and from
     there 8 width channels. Each is followed by a normalisation over the example (a group norm of one group; not the
-    first, as in `Critic`), a scale and a shift that are functions of log sigma, and leaky ReLU 0.2. The last layer
-    starts at 0, so v = 0: data and samples are equally likely.
+    first), a scale and a shift that are functions of log sigma, and leaky ReLU 0.2. Statistics of a batch would make v
+    depend on the other images, and a bound on a divergence needs one function of y. The last layer starts at 0, so
+    v = 0: data and samples are equally likely.
 
     Attributes:
       width: channels of the first convolution.

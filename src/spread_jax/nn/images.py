@@ -1,11 +1,11 @@
-"""Encoders, generators and critics for square images, in two families.
+"""Encoders and generators for square images, in two families.
 
-For sides of 16, 32, 64, 128 and 256 pixels: `Encoder`, `Generator` and `Critic`, at 64x64 those published for CelebA.
-For 28, 56, 112 and 224: `DenseEncoder`, `DenseGenerator` and `DenseCritic`, at 28x28 those published for MNIST.
-`image_encoder`, `image_generator` and `image_critic` choose by the shape of an image.
+For sides of 16, 32, 64, 128 and 256 pixels: `Encoder` and `Generator`, at 64x64 those published for CelebA.
+For 28, 56, 112 and 224: `DenseEncoder` and `DenseGenerator`, at 28x28 those published for MNIST.
+`image_encoder` and `image_generator` choose by the shape of an image.
 
 Parameters and batch statistics are float32; `dtype` is the compute dtype. Encoders return the mean and
-log standard deviation of q(z|y), generators x = g(z) in (0, 1), critics one real number v for each image.
+log standard deviation of q(z|y), generators x = g(z) in (0, 1).
 """
 
 from __future__ import annotations
@@ -20,17 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from spread_jax._checks import check_count
-from spread_jax.nn._layers import MOST, Network, check_width, score_head
+from spread_jax.nn._layers import MOST, Network, check_width
 from spread_jax.nn.convolutions import Conv, ConvTranspose
 
 __all__ = [
-    "Critic",
-    "DenseCritic",
     "DenseEncoder",
     "DenseGenerator",
     "Encoder",
     "Generator",
-    "image_critic",
     "image_encoder",
     "image_generator",
 ]
@@ -39,7 +36,6 @@ _START, _DENSE_START = 4, 7  # pixels along a side at which the convolutions end
 _SIDES = [16, 32, 64, 128, 256]
 _DENSE_SIDES = [28, 56, 112, 224]
 _leaky_1 = functools.partial(nn.leaky_relu, negative_slope=0.1)
-_leaky_2 = functools.partial(nn.leaky_relu, negative_slope=0.2)
 
 
 class _Network(Network):
@@ -49,10 +45,6 @@ class _Network(Network):
         # Decay and epsilon of the published code; statistics stay float32 whatever the compute dtype.
         norm = nn.BatchNorm(not train, momentum=0.9, epsilon=1e-5, dtype=self.dtype, axis_name=self.axis_name)
         return self.normalised(norm, h)
-
-    def _over_each(self, h):
-        # Over one image's pixels and channels: no image's number depends on which others are in its batch.
-        return self.normalised(nn.GroupNorm(num_groups=1, epsilon=1e-5, dtype=self.dtype), h)
 
     def _downwards(self, h, normalise: Callable, activate: Callable, taps: int, *, normalise_first: bool):
         """Stride-2 convolutions to width, 2 width, ... channels; flat."""
@@ -171,41 +163,6 @@ class Generator(_Network):
         return nn.sigmoid(self.layer(ConvTranspose, self.channels)(h).astype(jnp.float32))
 
 
-class Critic(_Network):
-    """v(y), the mirror of `Generator`: 5x5 stride-2 convolutions, then a dense layer.
-
-    Channels as of `Encoder`; leaky ReLU 0.2. Where the published networks have batch normalisation,
-    from the second convolution on, this has normalisation over each image alone (a group norm of one group). A lower
-    bound on a divergence of p~ and q~ needs one function of y. Statistics of a batch would make v depend on the other
-    images: of data and samples apart, the critic could tell the two sets by their means and no bound would
-    hold; of both together, each data image would see the samples. The last layer starts at 0, so v = 0: data and
-    samples are equally likely, the bound is 0, and the logistic loss 2 log 2.
-
-    Attributes:
-      width: channels of the first convolution, as of `Encoder`.
-      blocks: convolutions, each halving the side, as of `Encoder`.
-      dtype: compute dtype of the convolutions.
-      native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
-
-    Source: Radford, Metz and Chintala, DCGAN, ICLR 2016, for the shape; Ba, Kiros and Hinton, Layer Normalization,
-    2016, for the normalisation.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> critic, y = Critic(width=8), jnp.zeros((2, 64, 64, 3))
-      >>> v, variables = jax.jit(lambda key: critic.init_with_output(key, y))(jax.random.key(0))
-      >>> v.tolist()
-      [0.0, 0.0]
-    """
-
-    width: int = 128
-    blocks: int = 4
-
-    @nn.compact
-    def __call__(self, y: jax.Array) -> jax.Array:
-        return score_head(self._downwards(y, self._over_each, _leaky_2, 5, normalise_first=False))
-
-
 class DenseEncoder(_Network):
     """q(z|y): 4x4 stride-2 convolutions and a dense layer, leaky ReLU 0.1, then dense mean and log scale.
 
@@ -294,38 +251,6 @@ class DenseGenerator(_Network):
         return nn.sigmoid(h.astype(jnp.float32))
 
 
-class DenseCritic(_Network):
-    """v(y), the mirror of `DenseGenerator`: 4x4 stride-2 convolutions and two dense layers.
-
-    Convolutions as of `DenseEncoder`, dense 16 width, leaky ReLU 0.1; normalisation over each image alone and
-    the start at v = 0 as in `Critic`.
-
-    Attributes:
-      width: channels of the first convolution, as of `DenseEncoder`.
-      blocks: convolutions, each halving the side, as of `DenseEncoder`.
-      dtype: compute dtype of the convolutions.
-      native_gradients: XLA's own convolution gradients, for forward-mode differentiation.
-
-    Source: Chen et al., InfoGAN, 2016, for the shape; the normalisation as in `Critic`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> critic, y = DenseCritic(width=8), jnp.zeros((2, 28, 28, 1))
-      >>> v, variables = jax.jit(lambda key: critic.init_with_output(key, y))(jax.random.key(0))
-      >>> v.shape
-      (2,)
-    """
-
-    width: int = 64
-    blocks: int = 2
-
-    @nn.compact
-    def __call__(self, y: jax.Array) -> jax.Array:
-        h = self._downwards(y, self._over_each, _leaky_1, 4, normalise_first=False)
-        h = nn.Dense(16 * self.width, use_bias=False, dtype=self.dtype)(h)
-        return score_head(_leaky_1(self._over_each(h)))
-
-
 def image_encoder(
     image_shape: Sequence[int], *, latent_dim: int, width: int, dtype: Any = jnp.float32
 ) -> Encoder | DenseEncoder:
@@ -381,29 +306,6 @@ def image_generator(
     if start != _START:
         raise ValueError(f"start={start} is for sides of {_listed(_SIDES)} pixels; images of {side} start from 7x7.")
     return DenseGenerator(width, channels, side, dtype=dtype)
-
-
-def image_critic(image_shape: Sequence[int], *, width: int, dtype: Any = jnp.float32) -> Critic | DenseCritic:
-    """The critic v(y) for images of a shape, `Critic` or `DenseCritic`.
-
-    Args:
-      image_shape: as of `image_encoder`.
-      width: channels of the first convolution.
-      dtype: compute dtype of the convolutions.
-
-    Returns:
-      A Flax module: `__call__(y) -> v`, [batch].
-
-    Raises:
-      ValueError: there is no network for this shape or width.
-
-    Example:
-      >>> image_critic((128, 128, 3), width=8).blocks
-      5
-    """
-    dense, blocks, _ = _family(image_shape)
-    check_width(width)
-    return (DenseCritic if dense else Critic)(width, blocks, dtype=dtype)
 
 
 def _family(image_shape: Sequence[int]) -> tuple[bool, int, tuple[int, int, int]]:
