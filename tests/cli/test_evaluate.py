@@ -184,7 +184,14 @@ def test_samples_are_drawn_by_their_command(finished, cache, tmp_path, capsys):
     assert sample_command.main([*arguments, *mixture]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
     assert (found["latents"], found["written"]) == ("mixture", str(tmp_path / "g.png"))
-    for wrong, message in ((["--num", "0"], "--num must be at least 1, got 0"), (["--step", "7"], "step 7")):
+    assert sample_command.main([*arguments, "--truncation", "0.5", "--grid", str(tmp_path / "t.png")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))["truncation"] == 0.5
+    for wrong, message in (
+        (["--num", "0"], "--num must be at least 1, got 0"),
+        (["--step", "7"], "step 7"),
+        (["--truncation", "1.5"], "--truncation must be in (0, 1], got 1.5"),
+        (["--truncation", "0.5", "--best-of", "2"], "leave --truncation out"),
+    ):
         with pytest.raises(SystemExit):
             run_program(lambda wrong=wrong: sample_command.main([str(finished), *wrong]))
         assert message in capsys.readouterr().err

@@ -34,6 +34,7 @@ from spread_jax.models import (
     reconstruct,
     sample,
 )
+from spread_jax.models.run import prior_latents
 from spread_jax.training import RunDirectoryError
 from tests.models.conftest import IMAGE, NETWORKS, images, splits
 
@@ -105,6 +106,16 @@ def test_samples_are_drawn_from_the_mixture_that_the_run_ended_with(finished, tm
     of_prior = sample(again, 5, seed=3, latents="prior")
     assert np.abs(drawn - of_prior).max() > 1e-4
     np.testing.assert_array_equal(of_prior, sample(Trained(again.method, again.state), 5, seed=3))
+    narrow = finished.latents.narrowed(0.25).sample
+    np.testing.assert_array_equal(sample(again, 5, seed=3, truncation=0.25), sample(again, 5, seed=3, latents=narrow))
+    drawn = sample(again, 5, seed=3, latents="prior", truncation=0.25)
+    np.testing.assert_array_equal(drawn, sample(again, 5, latents=0.25 * prior_latents(3, 5, 3)))
+    with pytest.raises(ValueError, match=r"truncation must be in \(0, 1\], got 0"):
+        sample(again, 5, truncation=0)
+    with pytest.raises(ValueError, match=r"truncation must be 1 for latents of your own, got 0.5"):
+        sample(again, 5, latents=np.zeros((5, 3)), truncation=0.5)
+    with pytest.raises(ValueError, match=r"factor must be in \(0, 1\], got 2"):
+        finished.latents.narrowed(2)
     with pytest.raises(ValueError, match="latents must be \"prior\", an array or a sampler, got 'posterior'"):
         sample(again, 5, latents="posterior")
     # Of another step there is none; what cannot be read is refused and not passed over.

@@ -39,6 +39,8 @@ class Config:
     latents: Literal["prior", "mixture"] | None = None
     """Draw z from N(0, I), or from a mixture of Gaussians that is fitted now to the aggregate posterior of the training
     images; if not given, from the mixture that the run has, or N(0, I) where it has none."""
+    truncation: float = 1.0
+    """Multiply the latents' standard deviations by this, in (0, 1]: fewer odd samples, less variety."""
     best_of: int = 1
     """Of every so many samples draw that which the critic finds likest to data, for runs with a critic of log-ratios;
     1 for all."""
@@ -65,6 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         value = getattr(config, name)
         if value is not None and value < lowest:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {lowest}, got {value}.")
+    if not 0 < config.truncation <= 1:
+        raise UsageError(f"--truncation must be in (0, 1], got {config.truncation}.")
+    if config.best_of > 1 and config.truncation < 1:
+        raise UsageError("--best-of chooses among samples that are not truncated: leave --truncation out.")
     configure()
     run = open_run(config.run, step=config.step)
     latents: Any = config.latents
@@ -72,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         if not run.has_encoder:
             raise UsageError(f"{config.run} has no encoder to fit a mixture with: draw from the prior.")
         train = open_split_of(data_of(run, config.data, config.cache_dir), run, "train")
-        latents = fitted_latents(run, train, components=config.mixture_components).sample
+        run.latents, latents = fitted_latents(run, train, components=config.mixture_components), None
     elif config.latents is None and run.latents is None and run.method.mixture_latents:
         tell(
             f"{config.run} has no mixture of latents at step {int(run.state.step)}, so z is drawn from N(0, I), which "
@@ -84,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         except ValueError as error:
             raise UsageError(f"--best-of cannot be used: {error}") from None
     else:
-        images = sample(run, config.num, seed=config.seed, latents=latents)
+        images = sample(run, config.num, seed=config.seed, latents=latents, truncation=config.truncation)
     try:
         if config.folder is not None:
             config.folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             written = config.folder
         else:
             name = f"_{config.latents}" if config.latents else ""
+            name += f"_truncation_{config.truncation}" if config.truncation < 1 else ""
             name += f"_best_of_{config.best_of}" if config.best_of > 1 else ""
             written = config.grid or config.run / f"samples{name}_seed{config.seed}.png"
             written.parent.mkdir(parents=True, exist_ok=True)
@@ -100,6 +107,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         raise UsageError(f"The samples could not be written: {error}. Choose another place.") from None
     print_result({"experiment": "sample", "run": str(config.run), "step": int(run.state.step), "num": config.num,
-                  "seed": config.seed, "latents": config.latents, "best_of": config.best_of,
-                  "written": str(written)})  # fmt: skip
+                  "seed": config.seed, "latents": config.latents, "truncation": config.truncation,
+                  "best_of": config.best_of, "written": str(written)})  # fmt: skip
     return 0

@@ -99,6 +99,20 @@ class LatentMixture(NamedTuple):
             terms.append(math.log(weight) - volume - 0.5 * squares)
         return np.logaddexp.reduce(terms, axis=0)
 
+    def narrowed(self, factor: float) -> LatentMixture:
+        """With all standard deviations multiplied by a factor in (0, 1]: fewer odd samples, and less variety.
+
+        Source: Brock, Donahue and Simonyan, BigGAN, ICLR 2019, section 3.1, the truncation trick, by a factor.
+
+        Example:
+          >>> mixture = LatentMixture(np.ones(1), np.zeros((1, 2)), np.eye(2)[None])
+          >>> float(mixture.narrowed(0.5).sample(1000, jax.random.key(0)).std().round(1))
+          0.5
+        """
+        if not 0 < factor <= 1:
+            raise ValueError(f"factor must be in (0, 1], got {factor}.")
+        return self._replace(roots=factor * self.roots)
+
     def to_bytes(self) -> bytes:
         """The three arrays as the content of an .npz file, without pickle."""
         content = io.BytesIO()

@@ -197,6 +197,7 @@ def sample(
     *,
     seed: int = 0,
     latents: np.ndarray | Callable[[int, jax.Array], np.ndarray] | Literal["prior"] | None = None,
+    truncation: float = 1.0,
     last_step: bool = False,
 ) -> np.ndarray:
     """Images x = g(z) by the generator's moving average.
@@ -207,6 +208,8 @@ def sample(
       seed: of the latents; image i of a seed is the same whatever the number drawn.
       latents: z [num, Z], or a sampler (num, key) -> z, such as `LatentDensity.sample`, or "prior" for N(0, I). That of
         the run if not given: `run.latents`, or the prior where that is None.
+      truncation: in (0, 1], what standard deviations of the prior, or of the run's own mixture, are multiplied by: below 1
+        fewer samples are odd, and they are less varied.
       last_step: draw with the networks of the last step in place of their moving average.
 
     Returns:
@@ -218,13 +221,17 @@ def sample(
     run = as_trained(run)
     if num < 1 or seed < 0:
         raise ValueError(f"num must be at least 1 and seed at least 0, got {num} and {seed}.")
+    if not 0 < truncation <= 1:
+        raise ValueError(f"truncation must be in (0, 1], got {truncation}.")
     if latents is None and run.latents is not None:
-        latents = run.latents.sample
+        latents, truncation = run.latents.narrowed(truncation).sample, 1.0
     if latents is None or isinstance(latents, str):
         if latents not in (None, "prior"):
             raise ValueError(f'latents must be "prior", an array or a sampler, got {latents!r}.')
-        latents = prior_latents(run.method.latent_dim, num, seed)
-    elif callable(latents):
+        latents, truncation = truncation * prior_latents(run.method.latent_dim, num, seed), 1.0
+    if truncation < 1:
+        raise ValueError(f"truncation must be 1 for latents of your own, got {truncation}: narrow these yourself.")
+    if callable(latents):
         latents = latents(num, jax.random.key(seed))
     latents = np.asarray(latents, np.float32)
     if latents.shape != (num, run.method.latent_dim):
