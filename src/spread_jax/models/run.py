@@ -208,8 +208,8 @@ def sample(
       seed: of the latents; image i of a seed is the same whatever the number drawn.
       latents: z [num, Z], or a sampler (num, key) -> z, such as `LatentDensity.sample`, or "prior" for N(0, I). That of
         the run if not given: `run.latents`, or the prior where that is None.
-      truncation: in (0, 1], what standard deviations of the prior, or of the run's own mixture, are multiplied by: below 1
-        fewer samples are odd, and they are less varied.
+      truncation: in (0, 1], what standard deviations of the prior, or of the run's own mixture, are multiplied by.
+        Below 1 fewer samples are odd, and they are less varied.
       last_step: draw with the networks of the last step in place of their moving average.
 
     Returns:
