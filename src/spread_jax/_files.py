@@ -129,7 +129,7 @@ def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
 
     Args:
       path: the file.
-      flags: of `os.open`; with `os.O_CREAT` a missing file is made.
+      flags: of `os.open`; with `os.O_CREAT` a missing file is made. One to write to has no other name.
 
     Returns:
       The unbuffered file where it is written to, a buffered one where it is read.
@@ -149,7 +149,10 @@ def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
         _refuse_odd(path, os.lstat(path))
     descriptor = os.open(path, flags | _SAFE, 0o666)
     try:
-        _refuse_odd(path, os.fstat(descriptor))
+        status = os.fstat(descriptor)
+        _refuse_odd(path, status)
+        if flags != os.O_RDONLY and status.st_nlink > 1:  # what has its other name would be changed with it
+            raise OSError(errno.EMLINK, "it is a hard link to a file that lies elsewhere too", os.fspath(path))
         return open(descriptor, "rb") if flags == os.O_RDONLY else open(descriptor, "r+b", buffering=0)
     except BaseException:
         os.close(descriptor)
