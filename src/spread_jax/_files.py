@@ -59,7 +59,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             raise
     except OSError as error:
         if error.filename in (None, os.fspath(part)):
-            error.filename, error.filename2 = os.fspath(path), None
+            raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
         raise
     flush_folder(path.parent)
 

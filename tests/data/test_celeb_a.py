@@ -287,6 +287,21 @@ def test_a_format_that_needs_tensorflow(tiny, tmp_path, tfds):
         open_dataset(path)
 
 
+def test_a_tfds_folder_leads_to_no_file_outside(tiny, tmp_path, tfds):
+    """By a link, or by a name in its metadata: what lies there would be read as the stranger's images."""
+    path = prepare_celeb_a(tiny, tmp_path / "tfds")
+    (shard,) = path.glob("*-test.*")
+    moved = shard.rename(tmp_path / shard.name)
+    shard.symlink_to(moved)
+    with pytest.raises(DatasetError, match=r"names the file .*, outside of the folder"):
+        open_dataset(path, "test")
+    shard.unlink()
+    info = path / "dataset_info.json"
+    info.write_text(info.read_text().replace('"{DATASET}', f'"{tmp_path}/{{DATASET}}'))
+    with pytest.raises(DatasetError, match=rf"names the file {moved}, outside of the folder"):
+        open_dataset(path, "test")
+
+
 def test_tfds_not_installed(tiny, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DatasetError, match=r'pip install "spread-jax\[data\]"'):

@@ -274,8 +274,11 @@ def test_a_failed_download_and_a_missing_path_are_sentences(fidelity, monkeypatc
         raise RuntimeError("invalid hash value")
 
     fidelity.hub.download_url_to_file = fails
-    with pytest.raises(FeaturesError, match=r"could not be downloaded \(invalid hash value\): put"):
-        inception_features()
+    for stderr in (features.sys.stderr, None):  # None where it is closed
+        with monkeypatch.context() as patch:
+            patch.setattr(features.sys, "stderr", stderr)
+            with pytest.raises(FeaturesError, match=r"could not be downloaded \(invalid hash value\): put"):
+                inception_features()
     with pytest.raises(FeaturesError, match="There is no file of Inception weights"):
         inception_features(tmp_path / "none.pth")
 

@@ -20,6 +20,7 @@ from tests.faults.test_hostile_run import everything_in
 
 SIDE, COUNT = 16, 40
 EVIL = "evil_of_a_stranger"
+SETTINGS = ".config/program/settings.json"
 PLACES = ("cache_dir", "workdir", "output", "features", "data_dir", "tensorboard", "on_log")
 
 
@@ -28,9 +29,10 @@ def stranger(tmp_path_factory):
     """The folder of a run whose settings name places of the user's, and its parent, with the user's own files."""
     root = tmp_path_factory.mktemp("machine")
     home, run = root / "home", root / "downloads/run"
-    for name in (".profile", ".config/program/settings.json", "cache/old.building/data", "work/thesis.txt"):
+    for name in (".profile", SETTINGS, "cache/old.building/data", "work/thesis.txt"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text("of the user")
+    (home / SETTINGS).write_text('{"steps": 0, "owner": "of the user"}')  # what results may look like
     train = faces("train", root / "given")
     method = DeltaVae(image_shape=train.image_shape, width=2, latent_dim=3)
     config = {
@@ -104,7 +106,7 @@ def test_a_strangers_run(links, stranger, chaos, tally, tmp_path):
     def check():
         for name in LINKS[links]:
             (run / name).unlink(missing_ok=True)
-            (run / name).symlink_to(stranger / "home/.profile")
+            (run / name).symlink_to(stranger / "home" / (SETTINGS if name == "results.json" else ".profile"))
         before = everything_in(stranger / "home")
         code, said = evaluate(stranger)
         assert everything_in(stranger / "home") == before, said
