@@ -224,9 +224,10 @@ def assign_splits(names: Sequence[str], path: Path) -> dict[str, list[str]]:
     """Which names belong to which split.
 
     Where the first folder below the common one is `train`, `validation` or `test`, or the like (`training`, `val`,
-    `test_images`, `train2017`, `trainA`), it decides, or else a deeper one where all have such (`cats/train`); without a
-    validation folder, a tenth of train is held out by hash. Otherwise each name's own hash decides, 90/5/5, so that adding files moves none. In a set so small that a split
-    would be empty (of three files or more), the largest split gives it one.
+    `test_images`, `train2017`, `trainA`), it decides, or else a deeper one (`cats/train`, `dogs/train`); without a
+    validation folder, a tenth of train is held out by hash. Otherwise each name's own hash decides, 90/5/5, so that
+    adding files moves none. In a set so small that a split would be empty (of three files or more), the largest split
+    gives it one.
 
     Args:
         names: relative names with forward slashes.
