@@ -34,6 +34,11 @@ def test_a_failure_leaves_what_was_there_and_has_the_name_of_the_file(tmp_path, 
         with pytest.raises(OSError, match=rf"'{missing}'"):
             write_atomically(missing, "after")
 
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(IsADirectoryError, match=rf"Is a directory: '{tmp_path}/report\.html'$"):
+        write_atomically(tmp_path / "report.html", "after")
+    (tmp_path / "report.html").rmdir()
+
     def stopped():
         with replacing(path) as file:
             file.write(b"half")

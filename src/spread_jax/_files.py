@@ -61,7 +61,7 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
             raise
     except OSError as error:
         if error.filename in (None, os.fspath(part)):
-            error.filename, error.filename2 = os.fspath(path), None
+            raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from error
         raise
     flush_folder(path.parent)
 
@@ -131,7 +131,7 @@ def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
 
     Args:
       path: the file.
-      flags: of `os.open`; with `os.O_CREAT` a missing file is made.
+      flags: of `os.open`; with `os.O_CREAT` a missing file is made. One to write to has no other name.
 
     Returns:
       The unbuffered file where it is written to, a buffered one where it is read.
@@ -151,7 +151,10 @@ def open_regular(path: str | os.PathLike, flags: int = os.O_RDONLY) -> BinaryIO:
         _refuse_odd(path, os.lstat(path))
     descriptor = os.open(path, flags | _SAFE, 0o666)
     try:
-        _refuse_odd(path, os.fstat(descriptor))
+        status = os.fstat(descriptor)
+        _refuse_odd(path, status)
+        if flags != os.O_RDONLY and status.st_nlink > 1:  # what has its other name would be changed with it
+            raise OSError(errno.EMLINK, "it is a hard link to a file that lies elsewhere too", os.fspath(path))
         return open(descriptor, "rb") if flags == os.O_RDONLY else open(descriptor, "r+b", buffering=0)
     except BaseException:
         os.close(descriptor)

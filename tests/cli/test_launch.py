@@ -1,5 +1,6 @@
 """What surrounds a program: the hook that a flag names, exit codes and sentences, streams that nobody reads."""
 
+import errno
 import json
 import os
 import subprocess
@@ -72,6 +73,18 @@ def test_an_experiment_for_one_process_runs_in_the_first_only(monkeypatch):
             run_program(lambda called=called: called.append(True))
         assert ended.value.code == 0
         assert called == [True] * (index == 0)
+
+
+def test_a_file_that_cannot_be_written_is_named(capfd):
+    def main():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), "runs/a/report.html")
+
+    with pytest.raises(SystemExit, match="1"):
+        run_program(main)
+    assert capfd.readouterr().err == (
+        "\nerror: runs/a/report.html cannot be used: Is a directory. Make room or make it writable, then repeat the "
+        "command.\n"
+    )
 
 
 STREAMS = """

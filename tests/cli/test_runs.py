@@ -55,6 +55,11 @@ def test_a_terminal_gets_a_table_with_names_as_they_are(folder, capsys, monkeypa
     assert "\x1b[3" not in out
 
 
+def test_where_nobody_listens_nothing_is_printed(folder, monkeypatch):
+    monkeypatch.setattr(runs.sys, "stdout", None)  # as under `>&-`
+    assert runs.main([str(folder)]) == 0
+
+
 def test_no_folder_is_a_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_program(lambda: runs.main([str(tmp_path / "none")]))

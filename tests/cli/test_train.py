@@ -1,6 +1,7 @@
 """Training as a user runs it: results, exact resume through kills, stopping, flags, bad input."""
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import random
@@ -352,6 +353,7 @@ def test_the_command_lists_its_commands():
     listed = call()
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in COMMANDS)
+    assert call("--version").stdout.strip() == importlib.metadata.version("spread-jax")
     wrong = call("trian")
     assert wrong.returncode == 1
     assert "there is no command 'trian'; there are train, " in wrong.stderr

@@ -125,6 +125,21 @@ def test_the_official_images_are_never_split_by_hash(tiny, tmp_path):
     assert len(open_dataset(hq, image_size=4)) > 5
 
 
+def again(archive, name):
+    with zipfile.ZipFile(archive, "a") as zipped:
+        zipped.writestr(name, zipped.read("img_align_celeba/000001.jpg"))
+
+
+def test_a_link_below_a_folder_does_not_make_it_celeba(tiny, tmp_path):
+    """A folder from elsewhere would turn into a set of the user's own."""
+    given = tmp_path / "given"
+    given.mkdir()
+    Image.new("RGB", (9, 9)).save(given / "0.png")
+    (given / "faces").symlink_to(tiny)
+    with pytest.raises(DatasetError, match="outside of the folder"):
+        open_dataset(given)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -134,6 +149,11 @@ def test_the_official_images_are_never_split_by_hash(tiny, tmp_path):
             lambda f: (f / "list_eval_partition.txt").write_text("000001.jpg 0\n000002.jpg 7\n"),
             "Line 2 of .*000002.jpg 7",
         ),
+        (  # two lists of Kaggle's, one behind the other
+            lambda f: (f / "list_eval_partition.txt").write_text("000001.jpg,0\nimage_id,partition\n"),
+            "Line 2 of .*image_id,partition",
+        ),
+        (lambda f: again(f / "img_align_celeba.zip", "copy/000003.jpg"), "holds 000003.jpg twice: remove one"),
         (lambda f: (f / "list_eval_partition.txt").write_text(""), "names no files"),
         (
             lambda f: (f / "list_eval_partition.txt").write_text("000001.jpg 0\n"),
@@ -265,6 +285,21 @@ def test_a_format_that_needs_tensorflow(tiny, tmp_path, tfds):
     info.write_text("{")
     with pytest.raises(DatasetError, match=r"metadata in .* cannot be read"):
         open_dataset(path)
+
+
+def test_a_tfds_folder_leads_to_no_file_outside(tiny, tmp_path, tfds):
+    """By a link, or by a name in its metadata: what lies there would be read as the stranger's images."""
+    path = prepare_celeb_a(tiny, tmp_path / "tfds")
+    (shard,) = path.glob("*-test.*")
+    moved = shard.rename(tmp_path / shard.name)
+    shard.symlink_to(moved)
+    with pytest.raises(DatasetError, match=r"names the file .*, outside of the folder"):
+        open_dataset(path, "test")
+    shard.unlink()
+    info = path / "dataset_info.json"
+    info.write_text(info.read_text().replace('"{DATASET}', f'"{tmp_path}/{{DATASET}}'))
+    with pytest.raises(DatasetError, match=rf"names the file {moved}, outside of the folder"):
+        open_dataset(path, "test")
 
 
 def test_tfds_not_installed(tiny, monkeypatch):

@@ -108,6 +108,7 @@ def test_images_beside_split_folders_are_not_dropped_silently(tmp_path):
         ("train2017", "val2017", "test2017"),
         ("train_images", "dev", "test images"),
         ("TrainData", "validate", "testdata"),
+        ("trainA", "testA"),
     ],
 )
 def test_folders_named_like_splits(folders, tmp_path):
@@ -117,6 +118,18 @@ def test_folders_named_like_splits(folders, tmp_path):
     assert {name.split("/")[0] for name in splits["train"]} == {folders[0]}
     assert splits["validation"]
     assert sum(map(len, splits.values())) == len(names)
+
+
+def test_folders_of_splits_below_those_of_classes(tmp_path):
+    """cats/train, dogs/train: what is in cats/test is not trained on."""
+    names = [f"{kind}/{split}/{k}.png" for kind in ("cats", "dogs") for split in ("train", "test") for k in range(20)]
+    for prefix in ("", "all/"):  # a common folder above
+        splits = assign_splits([prefix + name for name in names], tmp_path)
+        assert splits["test"] == sorted(prefix + name for name in names if "/test/" in name)
+        assert {name.removeprefix(prefix).split("/")[1] for name in splits["train"] + splits["validation"]} == {"train"}
+    with pytest.raises(DatasetError, match=r"folder named train, but 1 images lie outside .*birds/0\.png"):
+        split_folders([*names, "birds/0.png"], tmp_path)
+    assert split_folders([name.replace("train", "old") for name in names], tmp_path) is None
 
 
 @pytest.mark.parametrize("folder", ["contest", "trainer", "valley", "testimony", "train_station", "evaluate"])
@@ -171,6 +184,9 @@ def test_empty_folder_and_zip_and_other_file(tmp_path):
         open_dataset(tmp_path / "empty")
     with pytest.raises(DatasetError, match=r"none\.zip holds no image files"):
         open_dataset(make_zip(tmp_path / "none.zip", {"README": b""}))
+    (tmp_path / "empty" / "photos.zip").touch()
+    with pytest.raises(DatasetError, match=r"empty holds no image files.* Pass its photos\.zip, or extract it\."):
+        open_dataset(tmp_path / "empty")
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(DatasetError, match=r"notes\.txt is a single file"):
         open_dataset(tmp_path / "notes.txt")

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import scipy.ndimage
+import scipy.special
 
 from spread_jax.data import Dataset, render_faces, sample_factors
 from spread_jax.data import faces as faces_module
@@ -67,6 +68,24 @@ def test_labels_are_learned_too():
     assert network.config["num_labels"] == 2
     assert [step for step, _ in seen] == [25]
     assert seen[0][1]["label_accuracy"] > 0.9
+
+
+def test_views_are_told_apart_both_ways_round(faces, monkeypatch):
+    """Which second view belongs to a first one, and which first to a second: the mean of both by SciPy."""
+    monkeypatch.setattr(features, "_view", lambda image, draws, flip: image * draws[0])
+    x, key = faces[:6] / np.float32(255), jax.random.key(3)
+    params = features._initial_params(np.random.default_rng(1), 3, 8, 0)
+    params |= {"rotation": np.zeros((96, 4), np.float32)}
+    _, metrics = features._training_loss(params, x, None, key, flip=False)
+
+    draws = np.asarray(jax.random.uniform(key, (11, 6)))[:, :, None, None, None]
+    sides = [np.float64(features._features(params, x * draws[row])) @ params["view"] for row in (1, 6)]
+    first, second = (side / np.linalg.norm(side, axis=1, keepdims=True) for side in sides)
+    similarity = first @ second.T / features._TEMPERATURE
+    errors = [scipy.special.logsumexp(similarity, axis=axis) - np.diagonal(similarity) for axis in (0, 1)]
+    assert abs(errors[0].mean() - errors[1].mean()) > 0.002  # or nothing is tested
+    np.testing.assert_allclose(metrics["view_loss"], np.mean(errors), rtol=1e-4)
+    np.testing.assert_allclose(metrics["rotation_loss"], np.log(4), rtol=1e-6)
 
 
 def test_features_are_standardised_deterministic_and_batch_free(network, faces):
@@ -255,8 +274,11 @@ def test_a_failed_download_and_a_missing_path_are_sentences(fidelity, monkeypatc
         raise RuntimeError("invalid hash value")
 
     fidelity.hub.download_url_to_file = fails
-    with pytest.raises(FeaturesError, match=r"could not be downloaded \(invalid hash value\): put"):
-        inception_features()
+    for stderr in (features.sys.stderr, None):  # None where it is closed
+        with monkeypatch.context() as patch:
+            patch.setattr(features.sys, "stderr", stderr)
+            with pytest.raises(FeaturesError, match=r"could not be downloaded \(invalid hash value\): put"):
+                inception_features()
     with pytest.raises(FeaturesError, match="There is no file of Inception weights"):
         inception_features(tmp_path / "none.pth")
 

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.faults.kinds import FAULTS
+
 CHILD = Path(__file__).with_name("child.py")
 PATIENCE = 120.0  # seconds that a run may take on a busy machine
 
@@ -171,6 +173,8 @@ class Tally:
 
     def __call__(self, name: str, check, *arguments) -> None:
         """Counts a case, and counts it survived if the check does not raise."""
+        if name not in FAULTS:
+            raise ValueError(f"{name!r} is not among the FAULTS of tests/faults/kinds.py, the rows of the page.")
         self.cases[name] += 1
         check(*arguments)
         self.survived[name] += 1
@@ -196,7 +200,8 @@ def tally(chaos):
         rows.append({"what": "kill -9 in all", "count": sum(counts.kills.values())})
         rows += [{"what": f"  while {stage}", "count": counts.kills[stage]} for stage in sorted(counts.kills)]
         tables.append(_report.Table("kill -9 at random moments", rows))
-    rows = [{"fault": name, "survived": of(counts.survived[name], n)} for name, n in sorted(counts.cases.items())]
+    cases = [(name, counts.cases[name]) for name in sorted(FAULTS)]
+    rows = [{"fault": name, "survived": of(counts.survived[name], n) if n else "not tried"} for name, n in cases]
     tables.append(_report.Table("Other faults", rows))
     if counts.measured:
         rows = [{"what": name, "value": value} for name, value in counts.measured.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from spread_jax.data import open_dataset
+from spread_jax.evaluation import save_image
 from spread_jax.models import DataSettings, DeltaVae
 from spread_jax.models._saved import to_json
 from spread_jax.training import Checkpointer, RunDirectory
@@ -20,6 +22,7 @@ from tests.faults.test_hostile_run import everything_in
 
 SIDE, COUNT = 16, 40
 EVIL = "evil_of_a_stranger"
+PHOTO, SETTINGS = "photo.png", ".config/program/settings.json"
 PLACES = ("cache_dir", "workdir", "output", "features", "data_dir", "tensorboard", "on_log")
 
 
@@ -28,9 +31,11 @@ def stranger(tmp_path_factory):
     """The folder of a run whose settings name places of the user's, and its parent, with the user's own files."""
     root = tmp_path_factory.mktemp("machine")
     home, run = root / "home", root / "downloads/run"
-    for name in (".profile", ".config/program/settings.json", "cache/old.building/data", "work/thesis.txt"):
+    for name in (".profile", SETTINGS, "cache/old.building/data", "work/thesis.txt"):
         (home / name).parent.mkdir(parents=True, exist_ok=True)
         (home / name).write_text("of the user")
+    (home / SETTINGS).write_text('{"steps": 0, "owner": "of the user"}')  # what results may look like
+    save_image(np.random.default_rng(3).integers(0, 256, (4, 4, 3), np.uint8), home / PHOTO)
     train = faces("train", root / "given")
     method = DeltaVae(image_shape=train.image_shape, width=2, latent_dim=3)
     config = {
@@ -85,6 +90,7 @@ def evaluate(root, *arguments, place="home/work"):
     return done.returncode, done.stdout + done.stderr
 
 
+OTHERS = {"results.json": SETTINGS, "samples.png": PHOTO}  # what would be read as one of its own
 LINKS = {
     "none, but places in the settings": (),
     "pictures": ("neighbours.png", "samples.png"),
@@ -104,7 +110,7 @@ def test_a_strangers_run(links, stranger, chaos, tally, tmp_path):
     def check():
         for name in LINKS[links]:
             (run / name).unlink(missing_ok=True)
-            (run / name).symlink_to(stranger / "home/.profile")
+            (run / name).symlink_to(stranger / "home" / OTHERS.get(name, ".profile"))
         before = everything_in(stranger / "home")
         code, said = evaluate(stranger)
         assert everything_in(stranger / "home") == before, said
@@ -112,9 +118,9 @@ def test_a_strangers_run(links, stranger, chaos, tally, tmp_path):
         if not LINKS[links]:  # what else the settings say does no harm
             assert code == 0, said
             assert (run / "report.html").is_file()
-        assert "of the user" not in said + "".join(
-            path.read_text() for path in run.glob("*.html") if not path.is_symlink()
-        )
+        shown = said + "".join(path.read_text() for path in run.glob("*.html") if not path.is_symlink())
+        assert "of the user" not in shown
+        assert base64.b64encode((stranger / "home" / PHOTO).read_bytes()).decode() not in shown
 
     try:
         tally("evaluate a stranger's run", check)

@@ -40,7 +40,7 @@ PLACES = (
     "checkpoints/1.deleting",
     "nested/run/config.json",
 )
-KINDS = ("link to a file", "link to a folder", "link to nothing", "pipe", "device")
+KINDS = ("link to a file", "link to a folder", "link to nothing", "hard link to a file", "pipe", "socket", "device")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,10 @@ def plant(path, kind, outside):
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "pipe":
         os.mkfifo(path)
+    elif kind == "socket":
+        os.mknod(path, 0o600 | stat.S_IFSOCK)
+    elif kind == "hard link to a file":
+        os.link(outside / "profile", path)
     elif kind == "device":
         try:
             os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero, which never ends
@@ -124,7 +128,7 @@ def test_nothing_outside_of_a_hostile_run_folder_is_touched(kind, finished, tall
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # most of the time, and nothing to do with it
     outside = tmp_path / "outside"
     shutil.copytree(finished / "checkpoints", outside / "steps")
-    (outside / "profile").write_text("of the user")
+    (outside / "profile").write_text('{"step": 3}\nof the user')  # whole records would be cut off
     before = everything_in(outside)
 
     def check(place, use):

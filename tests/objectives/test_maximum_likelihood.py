@@ -145,6 +145,24 @@ def test_information_of_a_sampler_meets_the_closed_form(key):
     assert (np.abs(value - expected) < 6 * np.asarray(error) + 0.03).all()
 
 
+def test_few_model_samples_bias_the_information_up_or_down(key):
+    """Up for a location, whose score an atom too few makes larger; down where outliers, which few draws have, count."""
+    sigma = 0.3
+    total, ratio, left = 1 + sigma**2, 1 / (1 + sigma**2), sigma**2 / (1 + sigma**2)  # z|y ~ N(ratio y, left)
+    location = lambda theta, z: theta + z
+    curve = lambda theta, z: jnp.concatenate([z, theta * (1 + z**2)], axis=1)  # at 0: J = E[E[1 + z^2|y]^2] / sigma^2
+    exact_curve = ((1 + left) ** 2 + 2 * (1 + left) * ratio**2 * total + 3 * (ratio**2 * total) ** 2) / sigma**2
+    for move, exact, sign in ((location, 1 / total, 1), (curve, exact_curve, -1)):
+
+        def information(key, move=move):
+            sampler = lambda theta, num, *, key: move(theta, jax.random.normal(key, (num, 1)))
+            options = {"num_samples": 32, "num_model_samples": 4, "key": key}
+            return spread_fisher_information(sampler, jnp.float32(0), GaussianNoise(sigma), **options).value[0, 0]
+
+        values = jax.jit(jax.vmap(information))(jax.random.split(key, 400))
+        assert sign * (values.mean() - exact) > 6 * values.std() / np.sqrt(400)
+
+
 def test_information_of_a_laplace_spread_delta(key):
     """The score of a location is a sign over b: 1 / b^2, with no error at all."""
     sampler = lambda mean, num, *, key: jnp.full((num, 1), mean)

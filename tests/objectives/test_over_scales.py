@@ -287,8 +287,30 @@ def test_denoisers_and_their_preconditioning(key, x64):
     for other in (lambda y, sigma: exact(y, sigma) + 0.5, lambda y, sigma: 0.2 * exact(y, sigma)):
         worse = denoising_loss(x, other, LAW, key=keys) - least
         assert worse.mean() > 2 * worse.std() / np.sqrt(EXAMPLES)
+    # So it is for a network that returns something else.
+    network = lambda u, sigma: 0.7 * u * sigma[:, None]
+    denoise, weight = preconditioned(network, data_scale=0.5, data_mean=0.3)
+    own = network((y - 0.3) / np.sqrt(variance), sigma)
+    error = denoising_loss(x, denoise, LAW, key=keys, weight=weight)
+    np.testing.assert_allclose(error, np.square(own - target).sum(axis=1), rtol=1e-9)
     # Samples are held fixed.
     assert not np.asarray(jax.grad(lambda x: denoising_loss(x, exact, LAW, key=keys).sum())(x)).any()
+
+
+@pytest.mark.parametrize("weight", [None, jnp.square])
+def test_the_squared_difference_is_the_fisher_divergence_of_gaussians(weight, key, x64):
+    """E |C^-1 (y - m) - D^-1 (y - n)|^2 for y of N(n, D) in closed form, whatever weight the gradient has."""
+    z_key, key = jax.random.split(key)
+    sigma, data, model = 0.7, moments(PARAMS, "data"), moments(PARAMS, "model")
+    (m, c), (n, d) = ((mean, cov + sigma**2 * np.eye(2)) for mean, cov in (data, model))
+    apart, shift = np.linalg.inv(c) - np.linalg.inv(d), np.linalg.solve(c, n - m)
+    want = np.trace(apart @ d @ apart) + shift @ shift
+
+    denoisers = exact_denoiser(PARAMS, "data"), exact_denoiser(PARAMS, "model")
+    x = generate(PARAMS, jax.random.normal(z_key, (4000, 1)))
+    terms = score_difference_loss(x, *denoisers, GridScales(sigma), key=key, weight=weight)
+    error = terms.squared_difference.std(ddof=1) / np.sqrt(len(x))
+    assert abs(terms.squared_difference.mean() - want) < 5 * error < 0.2 * want
 
 
 def test_the_fisher_divergence_vanishes_where_model_and_data_agree(key, x64):

@@ -195,6 +195,21 @@ def test_who_looks_again_says_how_far_its_turn_has_come():
     assert float(row["noise_gain"]) < 0.5 * gains[-1]
 
 
+def test_who_looks_again_keeps_the_statistics_of_the_second_look():
+    """Those of the parameters as they are now, from what was before the step: counted once."""
+
+    def loss(params, variables, batch, *, key, step):
+        value = 0.5 * jnp.square(params["a"] - batch.mean())
+        return value, LossOutput({"seen": params["a"], "looks": variables["looks"] + 1}, {})
+
+    players = [Player("model", ("a",), loss, optax.sgd(0.25), look_again=True)]
+    variables = {"seen": jnp.float32(0), "looks": jnp.float32(0)}
+    state = create_train_state({"a": jnp.float32(1)}, variables, players, key=jax.random.key(0))
+    state, metrics = make_train_step(players)(state, jnp.full(3, 4.0))
+    assert {name: float(value) for name, value in state.variables.items()} == {"seen": 1.75, "looks": 1}
+    assert float(metrics["model_gain"]) == 0.5 * (3**2 - 2.25**2)
+
+
 def test_three_players_take_turns_on_losses_of_their_own():
     """A quadratic each: x follows y, y follows z, z the batch; by hand."""
     follow = lambda a, b: lambda params, variables, batch, **_: (

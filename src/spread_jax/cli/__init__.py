@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.metadata
 import sys
 
 from spread_jax.errors import UsageError
@@ -26,6 +27,9 @@ def main() -> None:
         print("usage: spread-jax COMMAND [flags]\n")
         print("".join(f"  {command:10} {what}\n" for command, what in COMMANDS.items()))
         print("spread-jax COMMAND --help shows its flags.")
+        sys.exit(0)
+    if name == "--version":
+        print(importlib.metadata.version("spread-jax"))
         sys.exit(0)
     try:
         from spread_jax.cli.launch import run_program

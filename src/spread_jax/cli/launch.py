@@ -83,7 +83,8 @@ def run_program(main: Callable[[], int | None], *, in_all_processes: bool = Fals
         tell("\nstopped. Repeat the command to start again.")
         code = 130
     except OSError as error:  # a figure on a full disk, say; checkpoints and data have sentences of their own
-        tell(f"\nerror: {error}. Make room or make it writable, then repeat the command.")
+        where = "" if error.filename is None else f"{error.filename} cannot be used: "
+        tell(f"\nerror: {where}{error.strerror or error}. Make room or make it writable, then repeat the command.")
         code = 1
     _leave_broken_streams()
     sys.exit(code or 0)

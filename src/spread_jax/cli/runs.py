@@ -97,9 +97,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for root in config.folders:
         if not root.is_dir():
-            raise UsageError(f"{root} is not a folder: name one that holds runs, or train one with `make demo`.")
+            raise UsageError(f"{root} is not a folder: name one that holds runs, or train one with `spread-jax train`.")
         rows += find(root)
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 

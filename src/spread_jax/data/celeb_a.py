@@ -75,9 +75,10 @@ def refuse_to_guess(path: Path, names: Sequence[str]) -> None:
     folders |= {part.lower() for part in path.resolve().parts[-2:]}
     numbered = sum(bool(re.fullmatch(r"\d{6}\.(jpg|png)", PurePosixPath(name).name)) for name in names)
     if any(FOLDER in folder or ("celeb" in folder and numbered > len(names) / 2) for folder in folders):
+        lists = "Kaggle's zip has to be extracted; " if path.is_file() else ""
         raise DatasetError(
-            f"{path} looks like CelebA without its official split: put {PARTITION} beside {ARCHIVE} (or the extracted "
-            f"{FOLDER}) and pass the folder of both; if it is another set, rename it."
+            f"{path} looks like CelebA without its official split: put {PARTITION} (or Kaggle's .csv) beside {ARCHIVE} "
+            f"(or the extracted {FOLDER}) and pass the folder of both; {lists}if it is another set, rename it."
         )
 
 

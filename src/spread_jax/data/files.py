@@ -35,7 +35,7 @@ from spread_jax.data.stall import reading
 SPLITS = ("train", "validation", "test")
 _SPLIT_FOLDER = re.compile(
     r"(?:(?P<train>train(?:ing)?)|(?P<validation>val(?:id(?:at(?:e|ion))?)?|dev)|(?P<test>test(?:ing|s)?))"
-    r"(?:[_ -]?(?:set|data|images?|imgs?|\d{4}))?"
+    r"(?:[_ -]?(?:set|data|images?|imgs?|\d{4}|[ab]))?"
 )
 _LARGE_FILE = 16 * 1024 * 1024
 _one_large_file = threading.Lock()
@@ -67,7 +67,8 @@ def list_folder(path: Path) -> Listing:
         if status.st_size > MAX_BYTES:
             raise DatasetError(f"{file} holds {status.st_size:,} bytes: too large for an image.")
     if not stamps:
-        raise DatasetError(_nothing_found(path, "folder", passed_over))
+        zips = "".join(f" Pass its {zipped.name}, or extract it." for zipped in sorted(root.glob("*.zip"))[:1])
+        raise DatasetError(_nothing_found(path, "folder", passed_over) + zips)
 
     def read(name: str) -> bytes:
         try:
@@ -223,9 +224,10 @@ def assign_splits(names: Sequence[str], path: Path) -> dict[str, list[str]]:
     """Which names belong to which split.
 
     Where the first folder below the common one is `train`, `validation` or `test`, or the like (`training`, `val`,
-    `test_images`, `train2017`), it decides; without a validation folder, a tenth of train is held out by hash.
-    Otherwise each name's own hash decides, 90/5/5, so that adding files moves none. In a set so small that a split
-    would be empty (of three files or more), the largest split gives it one.
+    `test_images`, `train2017`, `trainA`), it decides, or else a deeper one (`cats/train`, `dogs/train`); without a
+    validation folder, a tenth of train is held out by hash. Otherwise each name's own hash decides, 90/5/5, so that
+    adding files moves none. In a set so small that a split would be empty (of three files or more), the largest split
+    gives it one.
 
     Args:
         names: relative names with forward slashes.
@@ -271,14 +273,13 @@ def split_folders(names: Sequence[str], path: Path) -> dict[str, list[str]] | No
     if _split_of(common.name):
         common = common.parent
     depth = len(common.parts)
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    outside = []
-    for name in sorted(names):
-        parts = PurePosixPath(name).parts[depth:]
-        split = _split_of(parts[0]) if len(parts) > 1 else None
-        (splits[split] if split else outside).append(name)
-    if not splits["train"]:
-        return None  # A class may well be called "test".
+    splits, outside = _by_folder(names, depth)
+    if not splits["train"]:  # A class may well be called "test".
+        deepest = max(name.count("/") for name in names)
+        deeper = (_by_folder(names, deep) for deep in range(depth + 1, min(deepest, depth + 4)))
+        splits, outside = next((found for found in deeper if found[0]["train"] and found[0]["test"]), ({}, []))
+    if not splits:
+        return None
     if outside:
         raise DatasetError(
             f"{path} has a folder named train, but {len(outside):,} images lie outside of train, "
@@ -286,6 +287,17 @@ def split_folders(names: Sequence[str], path: Path) -> dict[str, list[str]] | No
             "folder train."
         )
     return splits
+
+
+def _by_folder(names: Sequence[str], depth: int) -> tuple[dict[str, list[str]], list[str]]:
+    """The names by what the folder at a depth says of their split, and those of which it says nothing."""
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
+    outside = []
+    for name in sorted(names):
+        parts = PurePosixPath(name).parts[depth:]
+        split = _split_of(parts[0]) if len(parts) > 1 else None
+        (splits[split] if split else outside).append(name)
+    return splits, outside
 
 
 def _split_of(folder: str) -> str | None:

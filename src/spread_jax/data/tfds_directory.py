@@ -147,9 +147,14 @@ def tfds_source(path: Path, split: str, image_size: int | None, crop: int | None
     has_labels = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
     decoders = {"image": tfds.decode.SkipDecoding()}
     try:
-        data = builder.as_data_source(stored, decoders=decoders)
         names = [Path(file) for file in splits[stored].filepaths]
+        for file in names:
+            if not file.resolve().is_relative_to(path.resolve()):
+                raise DatasetError(f"{path} names the file {file}, outside of the folder: prepare the set again.")
+        data = builder.as_data_source(stored, decoders=decoders)
         stamps = [f"{file.name} {stamp(file.stat())}" for file in names]
+    except DatasetError:
+        raise
     except (NotImplementedError, ValueError, ImportError) as error:
         raise DatasetError(
             f"{path} is in the format {builder.info.file_format}, which cannot be read without "

@@ -344,7 +344,7 @@ def inception_features(weights: str | os.PathLike | None = None, *, batch_size: 
                 f"https://{_INCEPTION_HOST}/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}",
                 str(path),
                 hash_prefix=_INCEPTION_DIGEST,
-                progress=sys.stderr.isatty(),
+                progress=sys.stderr is not None and sys.stderr.isatty(),
             )
         except (OSError, RuntimeError) as error:
             raise FeaturesError(f"The Inception weights could not be downloaded ({error}): {by_hand}.") from None

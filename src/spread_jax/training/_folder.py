@@ -207,7 +207,7 @@ def lock(folder: Path) -> BinaryIO:
     try:
         file = open_regular(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
-        raise cannot_write(folder, error) from error
+        raise cannot_write(path if error.errno == errno.EMLINK else folder, error) from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -96,7 +96,8 @@ class Metrics:
             return
         try:
             if b"".join(line for line, _ in records).startswith(kept):  # needs no room on the disk
-                os.truncate(self.path, len(kept))
+                with open_regular(self.path, os.O_RDWR) as file:
+                    file.truncate(len(kept))
             else:
                 write_atomically(self.path, kept)
         except OSError as error:
@@ -185,5 +186,6 @@ def _append(file: BinaryIO, line: bytes) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> RunDirectoryError:
-    advice = "Make room" if error.errno == errno.ENOSPC else "Make it writable"
+    advices = {errno.ENOSPC: "Make room", errno.EMLINK: "Put a copy in its place"}
+    advice = advices.get(error.errno or 0, "Make it writable")
     return RunDirectoryError(f"{path} could not be written: {reason(error)} {advice}, or give another --workdir.")
