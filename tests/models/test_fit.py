@@ -197,6 +197,7 @@ def test_more_steps_than_it_was_to_have_are_told_of(tmp_path, capsys):
     (tmp_path / "run/results.json").unlink()
     with pytest.raises(SettingError, match="steps must be at least 5, where the run is, got 4"):
         fit(wae, splits(), tmp_path / "run", dataclasses.replace(SHORT, steps=4), pictures=False, **QUIET)
+    assert json.loads((tmp_path / "run/config.json").read_text())["fit"]["steps"] == 5  # as before the refusal
     (tmp_path / "run/results.json").write_text('{"steps": "many"}')
     with pytest.raises(RunDirectoryError, match=r"results\.json is damaged: its steps are"):
         fit(wae, splits(), tmp_path / "run", long, pictures=False, **QUIET)

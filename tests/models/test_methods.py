@@ -313,6 +313,7 @@ BAD = {
     "no range": (DensityRatio, {"highest_noise_scale": 0.01}, "highest_noise_scale must be above lowest_noise_scale"),
     "no critic": (SpreadGan, {"critic_width": 0}, "critic_width must be at least 1"),
     "rising noise": (DeltaVae, {"final_noise_scale": 0.9}, "final_noise_scale must be positive and at most"),
+    "endless noise": (DeltaVae, {"noise_scale": math.inf}, "noise_scale must be positive and finite, got inf"),
     "no decay": (DeltaVae, {"noise_decay": 1.0}, "noise_decay must be between 0 and 1"),
     "rank": (DeltaVae, {"noise": dataclasses.replace(NOISES["low_rank"], rank=10**5)}, "rank must be at most 12288"),
     "no learning": (DeltaVae, {"learning_rate": math.nan}, "learning_rate must be positive and finite"),

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 
 from spread_jax import GaussianNoise, spread_gan_losses
 from spread_jax.nn import Denoiser, ScaleCritic
-from spread_jax.nn.conditional import haar_parts
+from spread_jax.nn.conditional import _Conditional, haar_parts
 
 RNG = np.random.default_rng(0)
 NETWORKS = {"critic": ScaleCritic(width=4), "denoiser": Denoiser(width=4)}
@@ -277,3 +278,46 @@ def test_a_critic_of_equal_distributions_ends_at_2_log_2():
     assert min(values) > 2 * np.log(2) - 1e-3
     assert values[-1] == pytest.approx(2 * np.log(2), abs=5e-3)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+class Layer(_Conditional):
+    """One modulated normalisation by itself."""
+
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, h, sigma):
+        return self._modulated(h, sigma)
+
+
+def test_a_layer_is_normalised_and_modulated_by_waves_of_log_sigma(x64):
+    """By NumPy, at scales from below the least that is told apart to large ones, of images of little contrast."""
+    rng = np.random.default_rng(2)
+    h, sigma = 0.01 * rng.normal(size=(5, 4, 4, 3)), np.array([1e-8, 1e-6, 1e-5, 0.3, 20.0])
+    kernel = rng.normal(size=(12, 6))
+    found = Layer().apply({"params": {"Dense_0": {"kernel": kernel, "bias": np.zeros(6)}}}, h, jnp.asarray(sigma))
+
+    angles = np.log(np.maximum(sigma, 1e-6))[:, None] * [0.25, 0.5, 1, 2, 4, 8]
+    scale, shift = np.split(np.concatenate([np.sin(angles), np.cos(angles)], axis=1) @ kernel, 2, axis=1)
+    mean, variance = (f(h, axis=(1, 2, 3), keepdims=True) for f in (np.mean, np.var))
+    normal = (h - mean) / np.sqrt(variance + 1e-5)
+    np.testing.assert_allclose(found, normal * (1 + scale[:, None, None]) + shift[:, None, None], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(shift[0], shift[1])
+    assert np.abs(shift[1] - shift[2]).max() > 0.1
+
+
+def test_the_layers_in_the_middle_are_passed_by():
+    """With the one at the smallest size silent, the U-Net still sees what the halving before it has seen."""
+    params = variables_of("denoiser")[1]["params"]
+    middle = f"Conv_{max(int(name[5:]) for name in params if name.startswith('Conv_')) - 1}"
+    convolutions = [name for name in params if name.startswith("Conv_")]
+    assert (len(convolutions), params[middle]["kernel"].shape[:2]) == (4, (3, 3))  # first, halving, middle, last
+    silent = {
+        name: jax.tree.map(jnp.zeros_like, layer) if name == middle or name.startswith("Dense") else layer
+        for name, layer in params.items()
+    }
+    seen, other = (
+        apply("denoiser", {"params": {**silent, "Conv_1": {"kernel": sign * silent["Conv_1"]["kernel"]}}})
+        for sign in (1, -1)
+    )
+    assert np.abs(seen - other).max() > 0.05

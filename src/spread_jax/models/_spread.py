@@ -46,6 +46,7 @@ class SpreadMethod(Method):
         """Refuses settings that cannot work; see `Method.validate`."""
         super().validate()
         self.require_at_least(1, "noise_decay_every")
+        self.require_positive("noise_scale")
         if self.noise_scale_from_data is not None:
             self.require_positive("noise_scale_from_data")
         if not 0 < self.final_noise_scale <= self.noise_scale:

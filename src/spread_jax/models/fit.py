@@ -31,6 +31,7 @@ from spread_jax.training import (
     Checkpointer,
     NonFiniteLossError,
     RunDirectory,
+    RunDirectoryError,
     StepRecord,
     StopRequest,
     TrainingInterrupted,
@@ -39,6 +40,7 @@ from spread_jax.training import (
     make_train_step,
     place_batch,
     place_state,
+    read_run,
     train,
 )
 
@@ -148,6 +150,8 @@ def fit(
         "held_out_fingerprints": {split: splits[split].fingerprint for split in SPLITS if split != "train"},
     }
     planned = _planned_steps(Path(run_dir))
+    if planned is not None and method.turns.total_steps(settings.steps) < _saved_step(Path(run_dir)):
+        config["fit"]["steps"] = planned  # nothing is trained, so the run is still one of as many steps as before
     with RunDirectory.open(
         Path(run_dir),
         config,
@@ -261,6 +265,13 @@ def _panels(method: Method, records: list[Mapping[str, float]]) -> dict[str, dic
     has = {name for record in records for name, value in record.items() if value}
     kept = {label: {n: text for n, text in series.items() if n in has} for label, series in method.curves.items()}
     return {label: series for label, series in kept.items() if series}
+
+
+def _saved_step(run_dir: Path) -> int:
+    """The newest step of a run's folder that has a checkpoint; 0 of none."""
+    with contextlib.suppress(RunDirectoryError), read_run(run_dir).checkpointer() as saver:
+        return saver.latest_step or 0
+    return 0  # no folder of a run yet, or one that `RunDirectory.open` will refuse
 
 
 class _Job:

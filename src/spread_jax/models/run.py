@@ -143,7 +143,7 @@ def open_run(
     config_path = folder / "config.json"
     if not config_path.is_file():
         raise UsageError(
-            f"{path} is not a run's folder: it has no config.json. Train one first, for example with `make demo`, "
+            f"{path} is not a run's folder: it has no config.json. Train one first, as with `spread-jax train`, "
             "and pass the folder it prints."
         )
     try:
