@@ -24,7 +24,7 @@ _FEWEST, _MOST = 4096, 32768
 _FIRST_STEPS = 100
 # Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
 # go on to follow the sources can go round in circles with them.
-_SETTLED, _FOLLOW = 0.5, 4
+_SETTLED, _FOLLOW = 3.0, 4
 # Steps before it is asked whether the estimates are correlated.
 _FREE = 5
 
@@ -52,8 +52,7 @@ def fixed_point(v, start, *, max_iterations: int, tolerance: float):
         w, _, t = carry
         g_v, slope = _contrast_averages(w, v_blocks)
         new = polar(g_v - slope[:, None] * w)
-        turn = xp.max(xp.abs(1 - xp.abs((new * w).sum(axis=1))))
-        return new, turn, t + 1
+        return new, 1 - xp.abs(xp.vecdot(new, w)).min(), t + 1
 
     carry = (start, xp.asarray(math.inf, start.dtype), 0)
     w, _, t = while_loop(lambda c: (c[1] > tolerance) & (c[2] < max_iterations), body, carry, xp)
@@ -64,10 +63,10 @@ def _contrast_averages(w, v_blocks):
     """E[g(u) v^T] and E g'(u) for u = W v."""
     xp = library(w)
 
-    def statistics(v, weights):
+    def statistics(v, weigh):
         u = w.astype(v.dtype) @ v
         r = 1 / xp.sqrt(1 + u * u)
-        return (u * r) @ (v * weights).T, (r * r * r * weights).sum(axis=1)
+        return weigh(u * r) @ v.T, xp.vecdot(r * r, weigh(r))
 
     return mean_over(statistics, v_blocks)
 
@@ -130,8 +129,8 @@ def part_pairs(v, w):
     return while_loop(going, body, (w, tried, *dependence(w, tried), 0), xp)[0]
 
 
-def newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal):
-    """M for W <- (I - M) W, and the standard deviation of its entries: what is left of source j in estimate i.
+def equations(w, slope, variance, a, noise_u, count, untold, orthogonal):
+    """How a relative step follows from F, and what is left of source j in estimate i.
 
     F_ij = E[psi_i(u_i) u_j] is zero off the diagonal for independent sources. Its expected derivative couples (i, j)
     with (j, i) only: h_ij M_ij + a_i M_ji = F_ij with h_ij = E psi_i' E u_j^2 and a_i = E[psi_i u_i]. Over data
@@ -140,55 +139,56 @@ def newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal)
 
     If `orthogonal`, rows of W only turn, M_ij = -M_ji = (F_ij - F_ji) / (h_ij - a_i + h_ji - a_j), of variance
     (1 / (J_i + J_j - 2) + 1/4) / N: less is made of the data, and less asked of them.
+
+    Args:
+      w: [Z, Z], for whitened data.
+      slope, variance, a: [Z], E psi', Var psi and E[psi u].
+      noise_u: [Z, Z], covariance of observation noise in u.
+      count: N.
+      untold: the variance from which on a pair cannot be told apart.
+
+    Returns:
+      (P, Q, deviations), each [Z, Z] with a diagonal of zero: M = P * F + Q * F^T, and the standard deviations of its
+      entries, 1 for a pair that cannot be told apart: it is made uncorrelated and not turned.
     """
     xp = library(w)
-    dtype = v_blocks[0][0].dtype if isinstance(v_blocks, list) else v_blocks[0].dtype
-    narrow_w, narrow_c = w.astype(dtype), coefficients.astype(dtype)
-
-    def statistics(v, weights):
-        u = narrow_w @ v
-        psi = law.score(narrow_c, u)
-        weighted = u * weights
-        return psi @ weighted.T, (psi * weights).sum(axis=1), (psi * psi * weights).sum(axis=1), xp.vecdot(u, weighted)
-
-    psi_u, mean, square, power = mean_over(statistics, v_blocks)
-    square = square - mean * mean
-    noise_u = w @ noise @ w.T
-    own = xp.diagonal(noise_u)
-    a = xp.diagonal(psi_u)
-    f = psi_u - noise_u * slope[:, None]  # Stein: E psi(z_i + e_i)(z_j + e_j) = E psi' Cov(e_i, e_j)
-    h = slope[:, None] * (power - own)[None, :]
-    clean = (a - own * slope)[:, None]
-    determinant = h * h.T - clean * clean.T
-    of_f = square[:, None] * power[None, :]
-    variance = h.T**2 * of_f + clean**2 * of_f.T - 2 * h.T * clean * (a[:, None] * a[None, :])
+    own, clean_power = xp.diagonal(noise_u), xp.square(w).sum(axis=1)
+    off = ~np.eye(len(w), dtype=bool)
     tiny = xp.finfo(w.dtype).tiny
-    safe = determinant > 1e-6 * xp.abs(h * h.T)
-    divisor = xp.where(safe, determinant, 1)
-    variance = xp.where(safe, xp.maximum(variance, 0) / (divisor * divisor * count), 1)
-    told = safe & (variance < law.untold)
-    told = told & told.T
-    # A pair that cannot be told apart is made uncorrelated and not turned.
-    uncorrelate = (f + f.T) / xp.maximum(h + h.T + clean + clean.T, tiny)
-    step = xp.where(told, (h.T * f - clean * f.T) / divisor, uncorrelate)
-    rise = h + h.T - clean - clean.T
-    rest = (square - a * a)[:, None] + (square - a * a)[None, :]
-    turn_variance = (rest / xp.maximum(rise * rise, tiny) + 0.25) / count
-    turns = (rise > 1e-6) & (turn_variance < law.untold)
-    turn = xp.where(turns, (f - f.T) / xp.where(turns, rise, 1), 0)
-    step = xp.where(orthogonal, turn, step)
-    told, variance = xp.where(orthogonal, turns, told), xp.where(orthogonal, turn_variance, variance)
-    eye = xp.eye(len(w), dtype=w.dtype)
-    step = xp.where(eye > 0, xp.where(orthogonal, 0, 0.5 * (power - own - 1))[:, None], step)
-    deviation = xp.sqrt(xp.where(told, variance, 1))
-    return step, xp.where(eye > 0, 0, deviation)
+    h = slope[:, None] * clean_power
+    clean = (a - own * slope)[:, None]
+
+    def free(_):
+        determinant = h * h.T - clean * clean.T
+        of_f = variance[:, None] * (clean_power + own)
+        squares = h.T**2 * of_f + clean**2 * of_f.T - 2 * h.T * clean * (a[:, None] * a)
+        safe = determinant > 1e-6 * xp.abs(h * h.T)
+        divisor = xp.where(safe, determinant, 1)
+        squares = xp.where(safe, xp.maximum(squares, 0) / (divisor * divisor * count), 1)
+        told = safe & (squares < untold)
+        told = told & told.T
+        both = 1 / xp.maximum(h + h.T + clean + clean.T, tiny)
+        p, q = xp.where(told, h.T / divisor, both), xp.where(told, -clean / divisor, both)
+        return off * p, off * q, off * xp.sqrt(xp.where(told, squares, 1))
+
+    def turning(_):
+        rise = h - clean
+        rise = rise + rise.T
+        rest = variance - a * a
+        squares = ((rest[:, None] + rest) / xp.maximum(rise * rise, tiny) + 0.25) / count
+        told = off & (rise > 1e-6) & (squares < untold)
+        p = xp.where(told, 1 / xp.where(told, rise, 1), 0)
+        return p, -p, off * xp.sqrt(xp.where(told, squares, 1))
+
+    return cond(orthogonal, turning, free, None, xp)
 
 
 def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tolerance: float):
-    """Newton's steps until all are below `tolerance` standard errors, the scores estimated anew while they are long.
+    """Newton's steps until what is left of the way is predicted to be below `tolerance` standard errors.
 
-    The estimates of independent sources are uncorrelated, but for what N examples leave to chance. Once those of a free
-    W are not, the sources are not independent either, and from there on W is orthogonal.
+    The scores are estimated anew while steps are long. The estimates of independent sources are uncorrelated, but for
+    what N examples leave to chance. Once those of a free W are not, the sources are not independent either, and from
+    there on W is orthogonal.
 
     Args:
       start: [Z, Z].
@@ -197,42 +197,64 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
       first: iterations made before.
 
     Returns:
-      (W, iterations, largest entry of the last step in standard errors, standard deviations [Z, Z] as in
-      `newton_step`, whether W is orthogonal).
+      (W, iterations, largest entry of what is left in standard errors, standard deviations [Z, Z] as in `equations`,
+      whether W is orthogonal).
     """
-    xp, count, v_blocks = library(v), v.shape[1], blocks(v)
-    num_looked = count if xp is np and law.smooth else min(max(count // 4, _FEWEST), _MOST, count)
-    look = blocks(some_columns(v, num_looked), law.size)
+    xp, count, v_blocks = library(v), v.shape[1], blocks(v, 4)
+    num_looked = count if law.smooth else min(max(count // 4, _FEWEST), _MOST, count)
+    look = v_blocks if law.smooth else blocks(some_columns(v, num_looked), 4 * law.size)
     # Below this rounding, not the data, makes the steps.
     floor = 2000 * float(xp.finfo(v.dtype).eps)
-    shortest = 1 / math.sqrt(count)
+    least = np.asarray(floor + np.eye(len(start)) / math.sqrt(count), start.dtype)
     pairs = max(len(start) * (len(start) - 1) / 2, 1)
 
-    def body(carry):
-        w, coefficients, slope, residual, _, t, orthogonal = carry
+    def dependent(w):
         squares = xp.square(w @ w.T).sum() - xp.square(xp.square(w).sum(axis=1)).sum()
-        dependent = squares / (2 * pairs) * count > 2 + 8 / math.sqrt(pairs)
-        orthogonal = orthogonal | (dependent & (t >= first + _FREE))
-        estimate = lambda w: _scores.project(law, w, look, num_looked)
-        keep = lambda _: (coefficients, slope)
-        follow = (residual > _SETTLED) & (t < first + _FOLLOW)
-        coefficients, slope = cond(follow, estimate, keep, w, xp)
-        step, deviation = newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal)
-        scale = xp.where(deviation > 0, deviation, shortest) + floor
-        residual = xp.max(xp.abs(step) / scale)
+        return squares / (2 * pairs) * count > 2 + 8 / math.sqrt(pairs)
+
+    def body(carry):
+        w, scores, system, previous, left, t, orthogonal = carry
+        asked = (t >= first + _FREE) | (left <= tolerance)
+        turning = orthogonal | cond(asked, dependent, lambda _: asked, w, xp)
+        follow = (previous > _SETTLED) & (t < first + _FOLLOW)
+        scores = cond(follow, lambda w: _scores.project(law, w, look, num_looked), lambda _: scores, w, xp)
+        coefficients, slope, variance = scores
+        psi_u = _psi_u(law, coefficients, w, v_blocks)
+        noise_u = w @ noise @ w.T
+        renew = lambda w: equations(w, slope, variance, xp.diagonal(psi_u), noise_u, count, law.untold, turning)
+        system = cond(follow | (turning != orthogonal), renew, lambda _: system, w, xp)
+        p, q, deviation = system
+        f = psi_u - noise_u * slope[:, None]  # Stein: E psi(z_i + e_i)(z_j + e_j) = E psi' Cov(e_i, e_j)
+        longer = xp.where(turning, 0, 0.5 * (xp.square(w).sum(axis=1) - 1))
+        step = p * f + q * f.T + xp.diag(longer)
+        residual = (xp.abs(step) / (deviation + least)).max()
+        rate = xp.clip(residual / previous, 0.3, 0.9)
         # Full steps, then shrinking ones: few examples can make the full ones go round in circles.
-        most = xp.minimum(1, 20 / (t - first + 1)) * xp.minimum(1, 0.3 / xp.maximum(xp.max(xp.abs(step)), 1e-30))
-        w = cond(orthogonal, polar, lambda w: w, w - (most * step) @ w, xp)
-        return w, coefficients, slope, residual, deviation, t + 1, orthogonal
+        most = min(1, 20 / (t - first + 1)) if xp is np else xp.minimum(1, 20 / (t - first + 1))
+        most = most * xp.minimum(1, 0.3 / xp.maximum(xp.abs(step).max(), 1e-30))
+        w = cond(turning, polar, lambda w: w, w - (most * step) @ w, xp)
+        return w, scores, system, residual, residual * rate / (1 - rate), t + 1, turning
 
     def going(carry):  # a NaN ends the loop too: the comparison is false
-        return (carry[3] > tolerance) & (carry[5] < max_iterations)
+        w, *_, left, t, orthogonal = carry
+        arrived = (left <= tolerance) & ~orthogonal
+        return cond(arrived, dependent, lambda _: left > tolerance, w, xp) & (t < max_iterations)
 
-    nothing = xp.zeros((len(start), law.size), start.dtype)
-    infinite = xp.asarray(math.inf, start.dtype)
-    carry = (start, nothing, nothing[:, 0], infinite, xp.zeros_like(start), first, orthogonal)
-    w, _, _, residual, deviation, t, orthogonal = while_loop(going, body, carry, xp)
-    return w, t, residual, deviation, orthogonal
+    nothing, infinite = xp.zeros_like(start), xp.asarray(math.inf, start.dtype)
+    scores = xp.zeros((len(start), law.size), start.dtype), nothing[0], nothing[0]
+    carry = (start, scores, (nothing, nothing, nothing), infinite, infinite, first, orthogonal)
+    w, _, (_, _, deviation), _, left, t, orthogonal = while_loop(going, body, carry, xp)
+    return w, t, left, deviation, orthogonal
+
+
+def _psi_u(law, coefficients, w, v_blocks):
+    """E[psi_i(u_i) u_j], u = W v."""
+
+    def statistics(v, weigh):
+        u = w.astype(v.dtype) @ v
+        return (weigh(law.score(coefficients.astype(v.dtype), u)) @ u.T,)
+
+    return mean_over(statistics, v_blocks)[0]
 
 
 def default_scale(count: int) -> float:
@@ -279,7 +301,7 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         own = xp.diagonal(w @ noise @ w.T)
         if source is None:
             noisy = own > 0  # the root's derivative at 0 is no number
-            return _scores.AnyLaw(num_sources, count), xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0), None
+            return _scores.AnyLaw.of(num_sources, count), xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0), None
         scale = default_scale(count) if noise_scale is None else noise_scale
         s = xp.sqrt(xp.maximum(xp.square(xp.broadcast_to(xp.asarray(scale, v.dtype), own.shape)), own))
         d = xp.sqrt(xp.maximum(xp.square(s) - own, 0))
@@ -305,10 +327,10 @@ def _likelihood_scale(w, law, d, v_blocks):
     """Rows of W such that E[psi~(u) u] + d^2 E psi~'(u) = 1, the scale of largest spread likelihood: W [Z, Z]."""
     xp = library(w)
 
-    def statistics(v, weights):
+    def statistics(v, weigh):
         u = w.astype(v.dtype) @ v
         psi, slope = _scores.look_up(law.table, u)
-        return tuple((value * weights).sum(axis=1) for value in (psi * u, slope, slope * u * u))
+        return tuple(weigh(value).sum(axis=1) for value in (psi * u, slope, slope * u * u))
 
     for _ in range(3):
         a, slope, slope_square = mean_over(statistics, v_blocks)
