@@ -17,14 +17,18 @@ def test_a_step_goes_back_to_the_truth_under_noise_of_another_share_in_each_sour
     noise = np.array([[0.3, 0.15], [0.15, 0.1]])
     seen = np.eye(2) + moved
     v = seen @ (sources + np.linalg.cholesky(noise) @ rng.normal(size=(2, count)))
-    law = _scores.AnyLaw(2, count)
-    blocks = _host.blocks(v, law.size)
-    coefficients, slope = _scores.project(law, np.eye(2), blocks, count)
+    law = _scores.AnyLaw.of(2, count)
+    blocks = _host.blocks(v)
+    coefficients, slope, variance = _scores.project(law, np.eye(2), blocks, count)
     assert abs(slope[0] - slope[1]) > 0.5
-    step, deviation = _closed_form.newton_step(
-        np.eye(2), law, coefficients, slope, blocks, seen @ noise @ seen.T, count, np.asarray(False)
+    psi_u, noise_u = _closed_form.cross_moments(law, coefficients, np.eye(2), blocks), seen @ noise @ seen.T
+    f = psi_u - slope[:, None] * noise_u
+    p, q, deviation = _closed_form.equations(
+        slope, variance, np.diagonal(psi_u), np.diagonal(noise_u), count, law.untold, np.asarray(False)
     )
-    error = np.abs(step - moved)
+    step = p * f + q * f.T
+    off = ~np.eye(2, dtype=bool)
+    error = np.abs(step - moved) * off
     # Var of a mean square of unit variance is about 4 / count; the second order of a step is of the size of D squared.
     allowed = 5 * np.where(deviation > 0, deviation, 2 / np.sqrt(count)) + 2 * np.abs(moved).max() ** 2
     assert (error < allowed).all()
@@ -43,7 +47,7 @@ def test_estimates_that_are_more_correlated_than_by_chance_make_w_orthogonal(str
     z -= z.mean(axis=1, keepdims=True)
     v = np.linalg.solve(np.linalg.cholesky(z @ z.T / count), z)
     w, _, _, _, chosen = _closed_form.newton(
-        v, _scores.AnyLaw(3, count), np.eye(3), np.zeros((3, 3)), np.asarray(False), 0, max_iterations=12, tolerance=0.0
+        v, _scores.AnyLaw.of(3, count), np.eye(3), None, np.asarray(False), 0, max_iterations=12, tolerance=0.0
     )
     assert bool(chosen) is orthogonal
     correlation = (w @ w.T)[np.triu_indices(3, 1)]

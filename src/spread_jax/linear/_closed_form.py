@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spread_jax.linear import _scores
-from spread_jax.linear._host import blocks, cond, library, mean_over, some_columns, while_loop
+from spread_jax.linear._host import blocks, cond, library, mean_over, some_columns, while_loop, within
 
 # Examples that the fixed point and, of more than twice as many, the first of Newton's steps look at; with many sources
 # 4 Z^2: the fewer, the more steps it takes, and from Z^2 / 2 it finds nothing.
@@ -69,6 +69,34 @@ def _contrast_averages(w, v_blocks):
         return weigh(u * r) @ v.T, xp.vecdot(r * r, weigh(r))
 
     return mean_over(statistics, v_blocks)
+
+
+def turn_of_two(v):
+    """The rotation [2, 2] of two white columns at which they are least Gaussian, of all: there is but one angle.
+
+    Non-Gaussian is what E[g(u) u] - E g'(u) and E[h(u) u] - E h'(u) are not zero for, with h(u) = 1 / (3/2 + u^2) and
+    g(u) = u h(u). Between steps of pi/32 by a parabola.
+
+    Args:
+      v: [2, n], whitened.
+
+    Returns:
+      W [2, 2], a rotation.
+    """
+    xp = library(v)
+    angles = np.arange(32) * (math.pi / 32)
+    y = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(v.dtype) @ v
+    r = 1 / (1.5 + y * y)
+    yr = y * r
+    odd = 1 - (0.5 * r.sum(axis=1) + 3 * xp.vecdot(r, r)) / v.shape[1]
+    even = (yr.sum(axis=1) + 2 * xp.vecdot(yr, r)) / v.shape[1]
+    found = odd * odd + even * even
+    found = found[:16] + found[16:]
+    best = xp.argmax(found)
+    before, most, after = found[best - 1], found[best], found[(best + 1) % 16]
+    angle = (best + 0.5 * (before - after) / xp.minimum(before - 2 * most + after, -1e-30)) * (math.pi / 32)
+    a, b = xp.cos(angle), xp.sin(angle)
+    return xp.stack([xp.stack([a, b]), xp.stack([-b, a])])
 
 
 def contrast(v, w):
@@ -129,7 +157,7 @@ def part_pairs(v, w):
     return while_loop(going, body, (w, tried, *dependence(w, tried), 0), xp)[0]
 
 
-def equations(w, slope, variance, a, noise_u, count, untold, orthogonal):
+def equations(slope, variance, a, own, count, untold, orthogonal):
     """How a relative step follows from F, and what is left of source j in estimate i.
 
     F_ij = E[psi_i(u_i) u_j] is zero off the diagonal for independent sources. Its expected derivative couples (i, j)
@@ -141,9 +169,8 @@ def equations(w, slope, variance, a, noise_u, count, untold, orthogonal):
     (1 / (J_i + J_j - 2) + 1/4) / N: less is made of the data, and less asked of them.
 
     Args:
-      w: [Z, Z], for whitened data.
-      slope, variance, a: [Z], E psi', Var psi and E[psi u].
-      noise_u: [Z, Z], covariance of observation noise in u.
+      slope, variance, a: [Z], E psi', Var psi and E[psi u], for sources of unit variance.
+      own: [Z], variance of observation noise in u, or 0.
       count: N.
       untold: the variance from which on a pair cannot be told apart.
 
@@ -151,36 +178,41 @@ def equations(w, slope, variance, a, noise_u, count, untold, orthogonal):
       (P, Q, deviations), each [Z, Z] with a diagonal of zero: M = P * F + Q * F^T, and the standard deviations of its
       entries, 1 for a pair that cannot be told apart: it is made uncorrelated and not turned.
     """
-    xp = library(w)
-    own, clean_power = xp.diagonal(noise_u), xp.square(w).sum(axis=1)
-    off = ~np.eye(len(w), dtype=bool)
-    tiny = xp.finfo(w.dtype).tiny
-    h = slope[:, None] * clean_power
-    clean = (a - own * slope)[:, None]
+    xp = library(slope)
+    off = ~np.eye(len(slope), dtype=bool)
+    column = lambda row: row[:, None]
+    clean = a - own * slope
 
     def free(_):
-        determinant = h * h.T - clean * clean.T
-        of_f = variance[:, None] * (clean_power + own)
-        squares = h.T**2 * of_f + clean**2 * of_f.T - 2 * h.T * clean * (a[:, None] * a)
-        safe = determinant > 1e-6 * xp.abs(h * h.T)
+        both = xp.outer(clean, clean)
+        product = xp.outer(slope, slope)
+        determinant = product - both
+        of_f = column(variance) * (1 + own)
+        squares = slope**2 * of_f + column(clean**2) * of_f.T - 2 * slope * column(clean) * xp.outer(a, a)
+        safe = determinant > 1e-6 * xp.abs(product)
         divisor = xp.where(safe, determinant, 1)
         squares = xp.where(safe, xp.maximum(squares, 0) / (divisor * divisor * count), 1)
         told = safe & (squares < untold)
         told = told & told.T
-        both = 1 / xp.maximum(h + h.T + clean + clean.T, tiny)
-        p, q = xp.where(told, h.T / divisor, both), xp.where(told, -clean / divisor, both)
+        total = slope + clean
+        alike = 1 / xp.maximum(column(total) + total, 1e-30)
+        p, q = xp.where(told, slope / divisor, alike), xp.where(told, -column(clean) / divisor, alike)
         return off * p, off * q, off * xp.sqrt(xp.where(told, squares, 1))
 
     def turning(_):
-        rise = h - clean
-        rise = rise + rise.T
-        rest = variance - a * a
-        squares = ((rest[:, None] + rest) / xp.maximum(rise * rise, tiny) + 0.25) / count
+        rise, rest = slope - clean, variance - a * a
+        rise, rest = column(rise) + rise, column(rest) + rest
+        squares = (rest / xp.maximum(rise * rise, 1e-30) + 0.25) / count
         told = off & (rise > 1e-6) & (squares < untold)
         p = xp.where(told, 1 / xp.where(told, rise, 1), 0)
         return p, -p, off * xp.sqrt(xp.where(told, squares, 1))
 
     return cond(orthogonal, turning, free, None, xp)
+
+
+def rounding(dtype) -> float:
+    """The length of a step below which rounding, not the data, makes it."""
+    return 2000 * float(np.finfo(dtype).eps)
 
 
 def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tolerance: float):
@@ -193,7 +225,7 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
     Args:
       start: [Z, Z].
       orthogonal: whether W is to be orthogonal from the beginning.
-      noise: [Z, Z], covariance of observation noise in the coordinates of v; zero without.
+      noise: [Z, Z], covariance of observation noise in the coordinates of v, or None.
       first: iterations made before.
 
     Returns:
@@ -203,36 +235,42 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
     xp, count, v_blocks = library(v), v.shape[1], blocks(v, 4)
     num_looked = count if law.smooth else min(max(count // 4, _FEWEST), _MOST, count)
     look = v_blocks if law.smooth else blocks(some_columns(v, num_looked), 4 * law.size)
-    # Below this rounding, not the data, makes the steps.
-    floor = 2000 * float(xp.finfo(v.dtype).eps)
-    least = np.asarray(floor + np.eye(len(start)) / math.sqrt(count), start.dtype)
+    least = np.asarray(rounding(v.dtype) + np.eye(len(start)), start.dtype)
+    slope_error = min(15 / math.sqrt(count), 0.3)
     pairs = max(len(start) * (len(start) - 1) / 2, 1)
 
     def dependent(w):
-        squares = xp.square(w @ w.T).sum() - xp.square(xp.square(w).sum(axis=1)).sum()
-        return squares / (2 * pairs) * count > 2 + 8 / math.sqrt(pairs)
+        correlations = w @ w.T
+        squares = 0.5 * (xp.square(correlations).sum() - len(w)) / pairs
+        return squares * count > 2 + 8 / math.sqrt(pairs)
 
     def body(carry):
         w, scores, system, previous, left, t, orthogonal = carry
         asked = (t >= first + _FREE) | (left <= tolerance)
-        turning = orthogonal | cond(asked, dependent, lambda _: asked, w, xp)
+        turning = cond(asked, lambda w: orthogonal | dependent(w), lambda _: orthogonal, w, xp)
         follow = (previous > _SETTLED) & (t < first + _FOLLOW)
         scores = cond(follow, lambda w: _scores.project(law, w, look, num_looked), lambda _: scores, w, xp)
         coefficients, slope, variance = scores
-        psi_u = _psi_u(law, coefficients, w, v_blocks)
-        noise_u = w @ noise @ w.T
-        renew = lambda w: equations(w, slope, variance, xp.diagonal(psi_u), noise_u, count, law.untold, turning)
-        system = cond(follow | (turning != orthogonal), renew, lambda _: system, w, xp)
+        f = psi_u = cross_moments(law, coefficients, w, v_blocks)
+        own = 0
+        if noise is not None:  # Stein: E psi(z_i + e_i)(z_j + e_j) = E psi' Cov(e_i, e_j)
+            noise_u = w @ noise @ w.T
+            f, own = psi_u - noise_u * slope[:, None], xp.diagonal(noise_u)
+        renew = lambda _: equations(slope, variance, xp.diagonal(psi_u), own, count, law.untold, turning)
+        system = cond(follow | (turning != orthogonal), renew, lambda _: system, None, xp)
         p, q, deviation = system
-        f = psi_u - noise_u * slope[:, None]  # Stein: E psi(z_i + e_i)(z_j + e_j) = E psi' Cov(e_i, e_j)
-        longer = xp.where(turning, 0, 0.5 * (xp.square(w).sum(axis=1) - 1))
-        step = p * f + q * f.T + xp.diag(longer)
-        residual = (xp.abs(step) / (deviation + least)).max()
-        rate = xp.clip(residual / previous, 0.3, 0.9)
+        step = p * f + q * f.T
+        size = xp.abs(step)
+        residual = (size / (deviation + least)).max()
+        # What the next step is of this one: as much as the last time, and no less than the chance in slopes and the
+        # second order of this step leave to it.
+        length = size.max()
+        rate = within(residual / previous, within(length, slope_error, 0.9, xp), 0.9, xp)
         # Full steps, then shrinking ones: few examples can make the full ones go round in circles.
-        most = min(1, 20 / (t - first + 1)) if xp is np else xp.minimum(1, 20 / (t - first + 1))
-        most = most * xp.minimum(1, 0.3 / xp.maximum(xp.abs(step).max(), 1e-30))
-        w = cond(turning, polar, lambda w: w, w - (most * step) @ w, xp)
+        share = within(20 / (t - first + 1), 0, 1, xp) / within(length / 0.3, 1, math.inf, xp)
+        w = w - (share * step) @ w
+        # White data of unit variance have sources of unit variance.
+        w = cond(turning, polar, lambda w: w / xp.sqrt(xp.vecdot(w, w))[:, None], w, xp)
         return w, scores, system, residual, residual * rate / (1 - rate), t + 1, turning
 
     def going(carry):  # a NaN ends the loop too: the comparison is false
@@ -247,7 +285,7 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
     return w, t, left, deviation, orthogonal
 
 
-def _psi_u(law, coefficients, w, v_blocks):
+def cross_moments(law, coefficients, w, v_blocks):
     """E[psi_i(u_i) u_j], u = W v."""
 
     def statistics(v, weigh):
@@ -279,10 +317,27 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     xp = library(v)
     num_sources, count = v.shape
     first_look = min(max(_FIRST_LOOK, 4 * num_sources**2), count)
-    look = some_columns(v, first_look)
+    look = v if xp is np and count <= 2 * first_look else some_columns(v, first_look)
     first_steps = max(min(max_iterations // 2, _FIRST_STEPS), 1)
-    close = max(1e-4, 0.2 * num_sources / first_look)  # a row turned by less than its standard error
-    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=close)
+    few = max(_FEWEST // 4, 4 * num_sources**2)
+    looks = [look]
+    if num_sources == 2:
+        looks = [look] if first_look > 3 * few else []
+    elif xp is np and first_look > 3 * few:  # JAX would compile it all twice
+        looks = [some_columns(look, few), look]
+
+    def run(w):
+        t = 0
+        if num_sources == 2:
+            w, t = turn_of_two(some_columns(look, few)).astype(w.dtype), 1
+        for v in looks:
+            # Until a row turns by less than its standard error, or so little that the next turn will be far less.
+            close = max(3e-4, 0.2 * num_sources / v.shape[1])
+            most = first_steps - t if v is look else min(first_steps - 1, 10)
+            w, more = fixed_point(v, w, max_iterations=most, tolerance=close)
+            t = t + more
+        return w, t
+
     if len(starts) == 1:
         w, t = run(starts[0])
     else:
@@ -292,13 +347,14 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         best = xp.argmax(found[2])
         w, t = found[0][best], found[1][best]
 
-    w = part_pairs(some_columns(look, _FEWEST), w)
+    if num_sources > 2:
+        w = part_pairs(some_columns(look, _FEWEST), w)
     observed = noise is not None
-    noise = xp.zeros((num_sources, num_sources), v.dtype) if noise is None else noise.astype(v.dtype)
+    noise = noise.astype(v.dtype) if observed else None
 
     def law_at(w):
         # Observation noise spreads the data already; what is added makes up the rest.
-        own = xp.diagonal(w @ noise @ w.T)
+        own = xp.diagonal(w @ noise @ w.T) if observed else xp.zeros(num_sources, v.dtype)
         if source is None:
             noisy = own > 0  # the root's derivative at 0 is no number
             return _scores.AnyLaw.of(num_sources, count), xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0), None

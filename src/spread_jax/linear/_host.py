@@ -44,6 +44,11 @@ def cond(predicate, yes, no, operand, xp):
     return yes(operand) if predicate else no(operand)
 
 
+def within(value, low, high, xp):
+    """A number, not below `low` nor above `high`; NumPy's own functions take long for one number."""
+    return jnp.clip(value, low, high) if xp is jnp else min(max(value, low), high)
+
+
 def blocks(v, arrays: int = 1):
     """Splits [Z, N] into blocks [Z, n] for `mean_over`; `arrays` are as large in one step.
 
@@ -68,11 +73,9 @@ def mean_over(statistics, v_blocks):
     In NumPy in double precision, and `weigh` does nothing.
     """
     if isinstance(v_blocks, list):
-        total, count = None, sum(v.shape[1] for v in v_blocks)
-        for v in v_blocks:
-            found = [np.asarray(value, np.float64) for value in statistics(v, _as_it_is)]
-            total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-        return tuple(a / count for a in total)
+        found = [[np.asarray(value, np.float64) for value in statistics(v, _as_it_is)] for v in v_blocks]
+        count = sum(v.shape[1] for v in v_blocks)
+        return tuple((values[0] if len(values) == 1 else sum(values)) / count for values in zip(*found, strict=True))
     of_block = lambda v, weights: statistics(v, lambda a: a * weights)
     v, weights = v_blocks
     if v.shape[0] == 1:

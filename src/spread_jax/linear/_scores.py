@@ -89,18 +89,13 @@ class AnyLaw:
 
     def score(self, coefficients, u):
         """The combination with coefficients [Z, 7] at u [Z, n]."""
-        xp = library(u)
-        square = u * u
-        column = lambda index: coefficients[:, index, None]
-        # All sources often have odd scores.
-        skewed = xp is jnp or coefficients[:, self.even].any()
-        odd_part, even_part = column(0), 0
-        for c, odd, even in self.widths:
-            below = square + c
-            odd_part = odd_part + column(odd) / below
-            if even is not None and skewed:
-                even_part = even_part + column(even) / below
-        return u * odd_part + even_part
+        scales, odd, even = zip(*self.widths, strict=True)
+        # Of u / (c + u^2) and of 1 / (c + u^2), [Z, 2, 4].
+        which = np.array([odd, [0 if index is None else index for index in even]])
+        weights = coefficients[:, which] * (which > 0).astype(u.dtype)
+        r = 1 / ((u * u)[:, None] + np.array(scales, u.dtype)[:, None])
+        both = weights @ r if library(u) is np else (weights[:, :, :, None] * r[:, None]).sum(axis=2)
+        return u * (both[:, 0] + coefficients[:, :1]) + both[:, 1]
 
 
 @functools.lru_cache(maxsize=16)
@@ -232,7 +227,11 @@ def _combine(law, moments, count, num_sources):
     xp, kept = library(moments), law.kept
     covariance, noise, d = _parts(law, moments)
     # What is not known of d counts as if f varied by as much: some f hardly varies where a law is discrete.
-    b = covariance + noise / xp.asarray(count, d.dtype).reshape(-1, 1, 1) + np.asarray(_RIDGE * np.eye(law.size), d.dtype)
+    b = (
+        covariance
+        + noise / xp.asarray(count, d.dtype).reshape(-1, 1, 1)
+        + np.asarray(_RIDGE * np.eye(law.size), d.dtype)
+    )
     # Directions of length one, each orthogonal to the functions before it; the rest then turned to independent errors.
     directions = xp.linalg.inv(xp.linalg.cholesky(b))
     along = (directions @ d[:, :, None])[:, :, 0]

@@ -330,8 +330,9 @@ def fit(
     only forward derivatives, `jax.jvp` and `jax.jacfwd`, go through them.
 
     Args:
-      x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, in its own precision, with
-        nothing to compile, and gives NumPy arrays; a JAX array is fitted where it lies.
+      x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, with nothing to compile, and
+        gives NumPy arrays: whitened in double precision, its rotation found in float32 unless `tolerance` asks for
+        more. A JAX array is fitted where it lies, in its own precision.
       num_sources: Z; X if not given. More than X makes the model overcomplete.
       method: "closed_form" (the default "auto" for Z <= X), "natural_gradient", "spread_em", "em" or "gibbs" (the
         default for Z > X).
@@ -547,7 +548,10 @@ def _closed_form_fit(
 ):
     """The closed form's result, in NumPy or in JAX as x is."""
     xp = library(x)
-    v, from_white, to_white, noise = whiten(x, axes, num_sources, observation_scale**2 if observed else None)
+    dtype = x.dtype
+    if xp is np and options["tolerance"] / len(x) ** 0.5 > _closed_form.rounding(np.float32):
+        dtype = np.float32  # for the rotation; x is whitened in double precision
+    v, from_white, to_white, noise = whiten(x, axes, num_sources, observation_scale**2 if observed else None, dtype)
     shape = options["num_restarts"], num_sources, num_sources
     if xp is np:  # JAX's generator would have to be compiled
         starts = np.random.default_rng(np.asarray(jax.random.key_data(key))).normal(size=shape)
