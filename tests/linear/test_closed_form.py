@@ -206,11 +206,11 @@ def test_pairs_that_mix_two_sources_alike_are_parted():
     v = LAWS["sparse"](np.random.default_rng(0), (4, 4096))
     turn = np.eye(4)
     turn[:2, :2] = np.array([[1, 1], [-1, 1]]) / np.sqrt(2)
-    parted = _closed_form.part_pairs(v, turn)
+    parted = _closed_form.part_pairs(v, turn, False)
     np.testing.assert_allclose(np.abs(parted).max(axis=1), 1, atol=0.02)
     np.testing.assert_allclose(parted @ parted.T, np.eye(4), atol=1e-12)
-    np.testing.assert_array_equal(_closed_form.part_pairs(v, np.eye(4)), np.eye(4))
-    np.testing.assert_allclose(_closed_form.part_pairs(jnp.asarray(v), jnp.asarray(turn)), parted, atol=1e-4)
+    np.testing.assert_array_equal(_closed_form.part_pairs(v, np.eye(4), False), np.eye(4))
+    np.testing.assert_allclose(_closed_form.part_pairs(jnp.asarray(v), jnp.asarray(turn), False), parted, atol=1e-4)
 
 
 def test_columns_looked_at_do_not_keep_time_with_the_data():

@@ -105,7 +105,7 @@ def contrast(v, w):
     return library(v).square((g_v * w).sum(axis=1) - slope).sum()
 
 
-def part_pairs(v, w):
+def part_pairs(v, w, doubtful):
     """Turns pairs of rows of W that still mix two sources alike, where a fixed point can rest.
 
     Such a pair is uncorrelated and yet dependent. The pairs whose 1 / (3/2 + u^2) are most correlated, eight at most,
@@ -114,13 +114,12 @@ def part_pairs(v, w):
     Args:
       v: [Z, n], whitened.
       w: [Z, Z].
+      doubtful: [Z, Z], pairs that are to be turned in any case.
 
     Returns:
       W.
     """
     xp, count, size = library(v), v.shape[1], len(w)
-    angles = np.arange(8) * (math.pi / 16)
-    cos, sin = (xp.asarray(f(angles), v.dtype)[:, None] for f in (np.cos, np.sin))
     eye = xp.eye(size, dtype=w.dtype)
     # What chance leaves in as many pairs.
     significant = math.sqrt((10 + 4 * math.log(size)) / count)
@@ -130,7 +129,7 @@ def part_pairs(v, w):
         r = 1 / (1.5 + u * u)
         r = r - r.mean(axis=1, keepdims=True)
         r = r / xp.sqrt(xp.maximum(xp.vecdot(r, r), 1e-30))[:, None]
-        return u, xp.where(tried, 0, xp.abs(r @ r.T))
+        return u, xp.where(tried, 0, xp.abs(r @ r.T) + doubtful)
 
     def contrast(y):
         r = 1 / (1.5 + y * y)
@@ -140,6 +139,8 @@ def part_pairs(v, w):
 
     def body(carry):
         w, tried, u, correlation, t = carry
+        angles = np.arange(8) * (math.pi / 16)
+        cos, sin = (xp.asarray(f(angles), v.dtype)[:, None] for f in (np.cos, np.sin))
         place = xp.argmax(correlation)
         first, second = eye[place // size], eye[place % size]
         one, two = first.astype(v.dtype) @ u, second.astype(v.dtype) @ u
@@ -347,8 +348,6 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         best = xp.argmax(found[2])
         w, t = found[0][best], found[1][best]
 
-    if num_sources > 2:
-        w = part_pairs(some_columns(look, _FEWEST), w)
     observed = noise is not None
     noise = noise.astype(v.dtype) if observed else None
 
@@ -356,8 +355,10 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         # Observation noise spreads the data already; what is added makes up the rest.
         own = xp.diagonal(w @ noise @ w.T) if observed else xp.zeros(num_sources, v.dtype)
         if source is None:
-            noisy = own > 0  # the root's derivative at 0 is no number
-            return _scores.AnyLaw.of(num_sources, count), xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0), None
+            if observed:
+                noisy = own > 0  # the root's derivative at 0 is no number
+                own = xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0)
+            return _scores.AnyLaw.of(num_sources, count), own, None
         scale = default_scale(count) if noise_scale is None else noise_scale
         s = xp.sqrt(xp.maximum(xp.square(xp.broadcast_to(xp.asarray(scale, v.dtype), own.shape)), own))
         d = xp.sqrt(xp.maximum(xp.square(s) - own, 0))
@@ -365,15 +366,25 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         table = _scores.score_table(source, s[rows], d[rows], jnp.result_type(float) if xp is np else v.dtype)
         return _scores.NamedLaw(np.asarray(table, v.dtype) if xp is np else table), s, d
 
+    def settle(carry):
+        w, t, _, leakage, orthogonal, rounds = carry
+        if num_sources > 2:
+            w = part_pairs(some_columns(look, _FEWEST), w, leakage == 1)
+        if xp is np and count > 2 * first_look and not rounds:  # JAX would compile it all twice
+            limits = {"max_iterations": max_iterations - 2, "tolerance": _SETTLED}
+            w, t, _, _, orthogonal = newton(look, law, w, noise, orthogonal, t, **limits)
+        limits = {"max_iterations": max_iterations, "tolerance": tolerance}
+        return *newton(v, law, w, noise, orthogonal, t, **limits), rounds + 1
+
+    # Pairs that cannot be told apart may rest where they look alike: they are turned and all settles once more.
+    going = lambda carry: (carry[-1] < 1) | ((carry[-1] < rounds) & (carry[3] == 1).any() & (carry[1] < max_iterations))
+    rounds = 2 if num_sources > 2 else 1
     orthogonal = xp.asarray(False)
     # The share of observation noise in each source, and with it the law, is known only after a first fit.
     for _ in range(2 if observed and source is not None else 1):
         law, s, d = law_at(w)
-        limits = {"max_iterations": max_iterations - 2, "tolerance": _SETTLED}
-        if xp is np and count > 2 * first_look:  # JAX would compile it all twice
-            w, t, _, _, orthogonal = newton(look, law, w, noise, orthogonal, t, **limits)
-        limits = {"max_iterations": max_iterations, "tolerance": tolerance}
-        w, t, residual, leakage, orthogonal = newton(v, law, w, noise, orthogonal, t, **limits)
+        carry = w, t, xp.asarray(math.inf, w.dtype), xp.zeros_like(w), orthogonal, 0
+        w, t, residual, leakage, orthogonal, _ = while_loop(going, settle, carry, xp)
     if likelihood:
         w = _likelihood_scale(w, law, d, blocks(v))
     return {"rotation": w, "noise_scale": s, "num_iterations": t, "residual": residual, "leakage": leakage}

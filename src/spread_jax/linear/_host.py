@@ -44,6 +44,14 @@ def cond(predicate, yes, no, operand, xp):
     return yes(operand) if predicate else no(operand)
 
 
+@functools.lru_cache(maxsize=8)
+def normal_draws(seed, shape):
+    """Standard normal numbers of NumPy's RandomState; a generator takes longer to seed than a small fit takes."""
+    found = np.random.RandomState(seed).normal(size=shape)
+    found.flags.writeable = False
+    return found
+
+
 def within(value, low, high, xp):
     """A number, not below `low` nor above `high`; NumPy's own functions take long for one number."""
     return jnp.clip(value, low, high) if xp is jnp else min(max(value, low), high)

@@ -255,10 +255,8 @@ def _combine_alike(law, moments, count, num_sources):
     """
     xp, dtype = library(moments), moments.dtype
     covariance, noise, d = _parts(law, moments)
-    mask, nobody = (a.astype(dtype) for a in _of_odd_scores(law))
-    # A little more on the diagonal, so that there is an inverse.
-    eye = np.eye(law.size, dtype=dtype)
-    precision = xp.linalg.inv(noise * (1 + 1e-4 * eye) + 1e-9 * eye)
+    mask, nobody, more, most = _of_odd_scores(law, dtype)
+    precision = xp.linalg.inv(noise * more + most)
     sides = (d[:, 1] < covariance[:, 0, 1]) == np.array([[False], [True]])
 
     def together(alike):
@@ -276,28 +274,35 @@ def _combine_alike(law, moments, count, num_sources):
 
     means, counts = together(True)
     counts = xp.concatenate([xp.full((num_sources, 1), count, dtype), counts])
-    chances = np.full((num_sources + 2, 1), num_sources)
-    chances[-2:] = 1
+    chances = np.array([[num_sources]] * num_sources + [[1], [1]], dtype)
     found = _combine(law, xp.concatenate([moments, means]), counts, chances)
     own, common = found[:num_sources], of_side(found[num_sources:])
     alike = fits(common)
-    others = sides & ~alike
-    if xp is jnp or ((others != sides) & others.any(axis=1, keepdims=True)).any():
-        # Those of another law have had a say: once more without them.
-        common = of_side(_combine(law, *together(alike), 1))
-        alike = alike & fits(common)
+    if xp is jnp or not alike.all():
+        # Those of another law have had a say: once more without them, if more than one is left.
+        left = xp.where(alike, sides, False)
+        several = left.sum(axis=1) > 1
+        if xp is jnp or (several & (left != sides).any(axis=1)).any():
+            common = of_side(_combine(law, *together(alike), 1))
+            alike = alike & fits(common)
+        alike = alike & xp.where(sides[1], several[1], several[0])
     return xp.where(alike[:, None], common, own)
 
 
 @functools.lru_cache(maxsize=16)
-def _of_odd_scores(law):
-    """What the moments of a source of either sign, or of none, are: a factor that is 0 or 1, and moments of nobody."""
-    odd = np.ones(law.size)
+def _of_odd_scores(law, dtype):
+    """Constants of `_combine_alike`.
+
+    Returns:
+      What the moments of sources of either sign are multiplied by, 0 or 1; moments of nobody, whose eigenvalues differ:
+      derivatives of equal ones would be no numbers; and by what the covariance of errors is multiplied and how much is
+      added to it, so that it has an inverse.
+    """
+    odd, eye = np.ones(law.size), np.eye(law.size)
     odd[law.even] = 0
     both = (np.outer(odd, odd) + np.diag(1 - odd)).ravel()
-    # The eigenvalues of nobody differ: derivatives of equal ones would be no numbers.
-    nobody = np.eye(law.size).ravel(), np.diag(1.0 + np.arange(law.size)).ravel(), np.zeros(law.size)
-    return np.concatenate([both, both, odd]), np.concatenate(nobody)
+    nobody = np.concatenate([eye.ravel(), np.diag(1.0 + np.arange(law.size)).ravel(), np.zeros(law.size)])
+    return tuple(a.astype(dtype) for a in (np.concatenate([both, both, odd]), nobody, 1 + 1e-4 * eye, 1e-9 * eye))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

@@ -37,7 +37,7 @@ from spread_jax._checks import (
 from spread_jax._pytree import frozen_pytree
 from spread_jax._random import check_one_key
 from spread_jax.linear import _closed_form, _gibbs, _iterative
-from spread_jax.linear._host import library, promotes_as_numpy
+from spread_jax.linear._host import library, normal_draws, promotes_as_numpy
 from spread_jax.linear._order import stable_order
 from spread_jax.linear._sampling import PosteriorMoments, importance_moments, pseudo_inverse
 from spread_jax.linear._whiten import principal_axes, whiten
@@ -330,8 +330,8 @@ def fit(
     only forward derivatives, `jax.jvp` and `jax.jacfwd`, go through them.
 
     Args:
-      x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, with nothing to compile, and
-        gives NumPy arrays: whitened in double precision, its rotation found in float32 unless `tolerance` asks for
+      x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, with nothing to compile,
+        and gives NumPy arrays: whitened in double precision, its rotation found in float32 unless `tolerance` asks for
         more. A JAX array is fitted where it lies, in its own precision.
       num_sources: Z; X if not given. More than X makes the model overcomplete.
       method: "closed_form" (the default "auto" for Z <= X), "natural_gradient", "spread_em", "em" or "gibbs" (the
@@ -554,7 +554,7 @@ def _closed_form_fit(
     v, from_white, to_white, noise = whiten(x, axes, num_sources, observation_scale**2 if observed else None, dtype)
     shape = options["num_restarts"], num_sources, num_sources
     if xp is np:  # JAX's generator would have to be compiled
-        starts = np.random.default_rng(np.asarray(jax.random.key_data(key))).normal(size=shape)
+        starts = normal_draws(tuple(np.asarray(jax.random.key_data(key)).tolist()), shape)
     else:
         starts = jax.random.normal(key, shape, v.dtype)
     found = _closed_form.fit(

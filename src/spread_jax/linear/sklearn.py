@@ -29,7 +29,7 @@ except ImportError:  # scikit-learn 1.5 has it as a method
 
 
 from spread_jax.linear import _closed_form, ica, pca
-from spread_jax.linear._host import some_columns
+from spread_jax.linear._host import normal_draws, some_columns
 from spread_jax.linear._order import stable_order
 from spread_jax.linear._spread_law import SpreadLaw
 from spread_jax.linear._whiten import principal_axes, principal_components, whiten
@@ -343,12 +343,11 @@ class SpreadICA(_LinearModel):
     def _starts(self, size):
         """Orthogonal matrices to start from, [restarts, Z, Z]."""
         if self.w_init is None:
-            random = self.random_state
-            if isinstance(random, numbers.Integral) and random >= 0:  # a RandomState takes long to seed
-                random = np.random.default_rng(int(random))
+            random, shape = self.random_state, (self.n_restarts, size, size)
+            if isinstance(random, numbers.Integral) and 0 <= random < 2**32:
+                starts = normal_draws(int(random), shape)
             else:
-                random = check_random_state(random)
-            starts = random.normal(size=(self.n_restarts, size, size))
+                starts = check_random_state(random).normal(size=shape)
         else:
             starts = check_array(self.w_init, dtype=np.float64)[None]
             if starts.shape[1:] != (size, size):
