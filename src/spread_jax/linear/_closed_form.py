@@ -246,7 +246,7 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
         return squares * count > 2 + 8 / math.sqrt(pairs)
 
     def body(carry):
-        w, scores, system, previous, left, t, orthogonal = carry
+        w, scores, system, previous, left, t, orthogonal, last = carry
         asked = (t >= first + _FREE) | (left <= tolerance)
         turning = cond(asked, lambda w: orthogonal | dependent(w), lambda _: orthogonal, w, xp)
         follow = (previous > _SETTLED) & (t < first + _FOLLOW)
@@ -258,31 +258,40 @@ def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tole
             noise_u = w @ noise @ w.T
             f, own = psi_u - noise_u * slope[:, None], xp.diagonal(noise_u)
         renew = lambda _: equations(slope, variance, xp.diagonal(psi_u), own, count, law.untold, turning)
-        system = cond(follow | (turning != orthogonal), renew, lambda _: system, None, xp)
+        renewed = follow | (turning != orthogonal)
+        system = cond(renewed, renew, lambda _: system, None, xp)
         p, q, deviation = system
         step = p * f + q * f.T
-        size = xp.abs(step)
-        residual = (size / (deviation + least)).max()
+        scaled = step / (deviation + least)
+        residual, length = xp.abs(scaled).max(), xp.abs(step).max()
         # What the next step is of this one: as much as the last time, and no less than the chance in slopes and the
         # second order of this step leave to it.
-        length = size.max()
         rate = within(residual / previous, within(length, slope_error, 0.9, xp), 0.9, xp)
         # Full steps, then shrinking ones: few examples can make the full ones go round in circles.
         share = within(20 / (t - first + 1), 0, 1, xp) / within(length / 0.3, 1, math.inf, xp)
-        w = w - (share * step) @ w
+        move = (share * step) @ w
+
+        def secant(_):
+            """The step to where F would vanish on the line through this and the last of W."""
+            change = scaled - last[2]
+            how_far = within((change * scaled).sum() / ((change * change).sum() + 1e-30), -4.0, 1.0, xp)
+            return w - move - how_far * (w - last[0] - move + last[1])
+
+        along = (previous < _SETTLED) & ~renewed
+        last, w = (w, move, scaled), cond(along, secant, lambda _: w - move, None, xp)
         # White data of unit variance have sources of unit variance.
         w = cond(turning, polar, lambda w: w / xp.sqrt(xp.vecdot(w, w))[:, None], w, xp)
-        return w, scores, system, residual, residual * rate / (1 - rate), t + 1, turning
+        return w, scores, system, residual, residual * rate / (1 - rate), t + 1, turning, last
 
     def going(carry):  # a NaN ends the loop too: the comparison is false
-        w, *_, left, t, orthogonal = carry
+        w, *_, left, t, orthogonal, _ = carry
         arrived = (left <= tolerance) & ~orthogonal
         return cond(arrived, dependent, lambda _: left > tolerance, w, xp) & (t < max_iterations)
 
     nothing, infinite = xp.zeros_like(start), xp.asarray(math.inf, start.dtype)
     scores = xp.zeros((len(start), law.size), start.dtype), nothing[0], nothing[0]
-    carry = (start, scores, (nothing, nothing, nothing), infinite, infinite, first, orthogonal)
-    w, _, (_, _, deviation), _, left, t, orthogonal = while_loop(going, body, carry, xp)
+    carry = (start, scores, (nothing,) * 3, infinite, infinite, first, orthogonal, (nothing,) * 3)
+    w, _, (_, _, deviation), _, left, t, orthogonal, _ = while_loop(going, body, carry, xp)
     return w, t, left, deviation, orthogonal
 
 

@@ -158,7 +158,13 @@ def project(law, w, v_blocks, count):
     xp, size = library(w), law.size
     if law.smooth:
         on_grid, units = _on_grid(law)
-        sums, units = _histogram(w, v_blocks) @ xp.asarray(on_grid, w.dtype), units.astype(w.dtype)
+        counts, units = _histogram(w, v_blocks), units.astype(w.dtype)
+        if xp is np:  # few sources reach the ends of the grid
+            reached = np.flatnonzero(counts.any(axis=0))
+            reached = slice(reached[0], reached[-1] + 1)
+            sums = counts[:, reached] @ on_grid[reached]
+        else:
+            sums = counts @ xp.asarray(on_grid, w.dtype)
     else:
 
         def statistics(v, weigh):

@@ -132,8 +132,11 @@ def principal_components(axes: Axes, count: int):
 def _axes_of_white(axes):
     """(D [X, n], V [n, X]) of all axes, in units of x; zero along those where data do not vary."""
     xp = library(axes.axes)
-    inside = axes.deviations > 0
-    inverse = xp.where(inside, 1 / xp.where(inside, axes.deviations, 1), 0)
+    if xp is np and axes.deviations[-1] > 0:
+        inverse = 1 / axes.deviations
+    else:
+        inside = axes.deviations > 0
+        inverse = xp.where(inside, 1 / xp.where(inside, axes.deviations, 1), 0)
     return axes.scales[:, None] * axes.axes * axes.deviations, (axes.axes * inverse).T / axes.scales
 
 
@@ -160,7 +163,7 @@ def whiten(x, axes: Axes, count: int, variance=None, dtype=None):
         for start in range(0, len(x), chunk):
             v[:, start : start + chunk] = to_white @ centred(x[start : start + chunk], axes.mean)
         # Squaring x lost digits of its small directions; this restores them, where it is needed.
-        if axes.deviations[axes.rank - 1] < 1e-4 * axes.deviations[0]:
+        if axes.deviations[axes.deviations > 0][-1] < 1e-4 * axes.deviations[0]:
             chunks = (v[:, start : start + chunk] for start in range(0, len(x), chunk))
             covariance = sum((chunk @ chunk.T).astype(np.float64) for chunk in chunks) / len(x)
             noise = 0 if variance is None else variance * to_white @ to_white.T

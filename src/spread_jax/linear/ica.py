@@ -553,7 +553,9 @@ def _closed_form_fit(
         dtype = np.float32  # for the rotation; x is whitened in double precision
     v, from_white, to_white, noise = whiten(x, axes, num_sources, observation_scale**2 if observed else None, dtype)
     shape = options["num_restarts"], num_sources, num_sources
-    if xp is np:  # JAX's generator would have to be compiled
+    if num_sources == 2:  # all angles are looked at
+        starts = xp.eye(2, dtype=v.dtype)[None]
+    elif xp is np:  # JAX's generator would have to be compiled
         starts = normal_draws(tuple(np.asarray(jax.random.key_data(key)).tolist()), shape)
     else:
         starts = jax.random.normal(key, shape, v.dtype)

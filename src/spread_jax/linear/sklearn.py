@@ -344,6 +344,8 @@ class SpreadICA(_LinearModel):
         """Orthogonal matrices to start from, [restarts, Z, Z]."""
         if self.w_init is None:
             random, shape = self.random_state, (self.n_restarts, size, size)
+            if size == 2:  # all angles are looked at
+                return np.eye(2)[None]
             if isinstance(random, numbers.Integral) and 0 <= random < 2**32:
                 starts = normal_draws(int(random), shape)
             else:
