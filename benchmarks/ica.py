@@ -38,6 +38,7 @@ import tyro
 from picard import picard
 from sklearn.decomposition import FastICA
 
+from benchmarks._jade import jade
 from spread_jax._files import write_atomically
 from spread_jax.linear import ica, match_columns, mixing_error
 from spread_jax.linear.sklearn import SpreadICA
@@ -57,8 +58,8 @@ class Config:
     """As published: 20 data sets for each row, 10 for those that take long."""
     part: Literal["all", "square", "overcomplete", "mixes", "hum", "times"] = "all"
     """What to run; the tables of the other parts are kept from an earlier run."""
-    peers: bool = True
-    """Whether peers run too; their errors are kept from an earlier run if not, with the same seeds the same."""
+    others: bool = True
+    """Whether others than the closed form run too; if not, their errors are kept from an earlier run of these seeds."""
     out: Path = Path("docs/benchmarks")
     """Folder for ica.json and ica.md."""
 
@@ -176,38 +177,6 @@ def picard_extended(x, columns, seed):
     return np.linalg.pinv(rotation @ whitening)
 
 
-def jade(x, columns, seed, sweeps=100):
-    """JADE: the rotation of white data that makes all their fourth-order cumulant matrices most nearly diagonal.
-
-    Source: J.-F. Cardoso and A. Souloumiac, Blind beamforming for non-Gaussian signals, IEE Proceedings F 140, 1993.
-    """
-    centred = x - x.mean(axis=0)
-    left, lengths, right = np.linalg.svd(centred, full_matrices=False)
-    v = left[:, :columns] * np.sqrt(len(x))
-    eye = np.eye(columns)
-    cumulants = []
-    for i, j in itertools.combinations_with_replacement(range(columns), 2):
-        both = np.outer(eye[i], eye[j])
-        cumulant = (v * (v[:, i] * v[:, j])[:, None]).T @ v / len(v) - eye[i, j] * eye - both - both.T
-        cumulants.append(cumulant * (1 if i == j else np.sqrt(2)))
-    cumulants, rotation = np.array(cumulants), eye.copy()
-    for _ in range(sweeps):
-        turned = False
-        for p, q in itertools.combinations(range(columns), 2):
-            h = np.stack([cumulants[:, p, p] - cumulants[:, q, q], cumulants[:, p, q] + cumulants[:, q, p]])
-            gram = h @ h.T
-            on, off = gram[0, 0] - gram[1, 1], 2 * gram[0, 1]
-            angle = 0.5 * np.arctan2(off, on + np.hypot(on, off))
-            if abs(angle) > 1e-3 / np.sqrt(len(x)):
-                turned = True
-                turn = eye.copy()
-                turn[np.ix_([p, q], [p, q])] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-                cumulants, rotation = turn.T @ cumulants @ turn, rotation @ turn
-        if not turned:
-            break
-    return (right[:columns].T * lengths[:columns] / np.sqrt(len(x))) @ rotation
-
-
 def spread_ica(x, columns, seed):
     """This library's estimator with its defaults."""
     return SpreadICA(columns, random_state=seed).fit(x).mixing_
@@ -225,7 +194,7 @@ MIXED = {
 }  # fmt: skip
 
 
-PEERS = {"FastICA", "FastICA, cube", "Picard, tanh", "Picard-O, extended", "JADE"}
+CLOSED_FORM = {"SpreadICA", "closed form, Laplace", "closed form, source='auto'"}
 
 
 def mixed_set(seed: int, count: int, laws: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -600,9 +569,9 @@ def main(config: Config) -> None:
     path = config.out / "ica.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     square, more, mixed = (earlier.get(name, []) for name in ("square", "overcomplete", "mixes"))
-    of_peers = lambda rows: [] if config.peers else [row for row in rows if row["method"] in PEERS]
+    of_others = lambda rows: [] if config.others else [row for row in rows if row["method"] not in CLOSED_FORM]
     if config.part in ("all", "square"):
-        known, square = of_peers(square), []
+        known, square = of_others(square), []
         for law in LAWS:
             for count in (20_000, 5000, 1000) if law == "Laplace" else (20_000, 1000):
                 square += measure(KNOWN if law == "Laplace" else unknown, config.seeds, count, law, known)
@@ -612,7 +581,7 @@ def main(config: Config) -> None:
     results = {
         "square": square,
         "overcomplete": more,
-        "mixes": mixes(config, of_peers(mixed)) if config.part in ("all", "mixes") else mixed,
+        "mixes": mixes(config, of_others(mixed)) if config.part in ("all", "mixes") else mixed,
         "hum": hum(config.seeds) if config.part in ("all", "hum") else earlier.get("hum", {}),
         "times": times() if config.part in ("all", "times") else earlier.get("times", {}),
         "cores": os.cpu_count(),

@@ -22,8 +22,8 @@ _FIRST_LOOK = 8192
 # and no more than these.
 _FEWEST, _MOST = 4096, 32768
 _FIRST_STEPS = 100
-# Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
-# go on to follow the sources can go round in circles with them.
+# Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: shorter ones
+# hardly change them, and scores that go on to follow the sources can go round in circles with them.
 _SETTLED, _FOLLOW = 3.0, 4
 # Steps before it is asked whether the estimates are correlated.
 _FREE = 5

@@ -349,11 +349,13 @@ def fit(
       num_spread_samples: of y for each x.
       rows_per_draw: as in `posterior_moments`.
       max_iterations: most steps; 200, 80, 500, 500 or 1100 in the order of the methods above.
-      tolerance: in standard errors over examples. closed_form stops when no entry of a relative step exceeds it (0.1).
+      tolerance: in standard errors over examples. closed_form stops when no entry of what is predicted to be left of
+        its way exceeds it (0.1).
         EM stops, and every sampling method is called converged, when no entry of the mean relative gradient exceeds it
         (0.25): what is left to gain is then less than the data can tell. Nor may turning two columns of A, by pi/8 or
         pi/4, be likelier by more standard errors than that (not looked at by gibbs).
       num_restarts: random starts, run side by side by vmap; the best likelihood (contrast, for closed_form) is kept.
+        Of two sources closed_form looks at all angles.
         Chains have no likelihood to compare, so for gibbs the runs vote: a column counts that most of them found.
         All of it takes 2 num_restarts / 3 + 3 / 2 times max_iterations.
       key: a JAX random key.

@@ -165,7 +165,8 @@ class SpreadICA(_LinearModel):
       max_iter: iterations at most; the method's default if None.
       tol: tolerance of convergence, in standard errors; the method's default if None.
       w_init: where the closed form starts, [n_components, n_components] in whitened coordinates; random if None.
-      n_restarts: random starts, of which the best is kept; with method "gibbs" they vote on the columns.
+      n_restarts: random starts, of which the best is kept; with method "gibbs" they vote on the columns. For two
+        components the closed form needs none: it looks at all angles.
       random_state: None, an int or a RandomState: where the random starts come from.
 
     Attributes:
