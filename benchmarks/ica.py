@@ -17,6 +17,7 @@ Writes ica.json and ica.md.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -37,6 +38,7 @@ import tyro
 from picard import picard
 from sklearn.decomposition import FastICA
 
+from benchmarks._jade import jade
 from spread_jax._files import write_atomically
 from spread_jax.linear import ica, match_columns, mixing_error
 from spread_jax.linear.sklearn import SpreadICA
@@ -56,6 +58,8 @@ class Config:
     """As published: 20 data sets for each row, 10 for those that take long."""
     part: Literal["all", "square", "overcomplete", "mixes", "hum", "times"] = "all"
     """What to run; the tables of the other parts are kept from an earlier run."""
+    others: bool = True
+    """Whether others than the closed form run too; if not, their errors are kept from an earlier run of these seeds."""
     out: Path = Path("docs/benchmarks")
     """Folder for ica.json and ica.md."""
 
@@ -117,13 +121,14 @@ def worst_cosine(mixing: np.ndarray, truth: np.ndarray) -> float:
     return float(((matched * truth).sum(axis=0) / (truth**2).sum(axis=0)).min())
 
 
-def measure(methods: dict[str, Callable], seeds: int, count: int, law: str) -> list[dict]:
-    """A row for each method, over the same data sets."""
-    found: dict[str, list] = {name: [] for name in methods}
+def measure(methods: dict[str, Callable], seeds: int, count: int, law: str, known: list[dict]) -> list[dict]:
+    """A row for each method, over the same data sets; those of methods in `known` are taken from there."""
+    kept = {row["method"]: row for row in known if (row["law"], row["count"], row["seeds"]) == (law, count, seeds)}
+    found: dict[str, list] = {name: [] for name in methods if name not in kept}
     for seed in range(seeds):
         x, truth = data_set(seed, count, 20, 10, law)
-        for name, method in methods.items():
-            mixing = method(x, 10, seed)
+        for name in found:
+            mixing = methods[name](x, 10, seed)
             errors = [mixing_error(mixing, truth, kind=kind) for kind in ("raw", "direction")]
             found[name].append((*errors, worst_cosine(mixing, truth)))
     rows = []
@@ -144,7 +149,8 @@ def measure(methods: dict[str, Callable], seeds: int, count: int, law: str) -> l
             {name: value if isinstance(value, (str, int)) else round(value, 4) for name, value in rows[-1].items()},
             flush=True,
         )
-    return rows
+    rows = {row["method"]: row for row in (*rows, *kept.values())}
+    return [rows[name] for name in methods]
 
 
 # Laws of the mixes, of unit variance, with the information J = E psi^2 where it is finite.
@@ -171,38 +177,6 @@ def picard_extended(x, columns, seed):
     return np.linalg.pinv(rotation @ whitening)
 
 
-def jade(x, columns, seed, sweeps=100):
-    """JADE: the rotation of white data that makes all their fourth-order cumulant matrices most nearly diagonal.
-
-    Source: J.-F. Cardoso and A. Souloumiac, Blind beamforming for non-Gaussian signals, IEE Proceedings F 140, 1993.
-    """
-    centred = x - x.mean(axis=0)
-    left, lengths, right = np.linalg.svd(centred, full_matrices=False)
-    v = left[:, :columns] * np.sqrt(len(x))
-    eye = np.eye(columns)
-    cumulants = []
-    for i, j in itertools.combinations_with_replacement(range(columns), 2):
-        both = np.outer(eye[i], eye[j])
-        cumulant = (v * (v[:, i] * v[:, j])[:, None]).T @ v / len(v) - eye[i, j] * eye - both - both.T
-        cumulants.append(cumulant * (1 if i == j else np.sqrt(2)))
-    cumulants, rotation = np.array(cumulants), eye.copy()
-    for _ in range(sweeps):
-        turned = False
-        for p, q in itertools.combinations(range(columns), 2):
-            h = np.stack([cumulants[:, p, p] - cumulants[:, q, q], cumulants[:, p, q] + cumulants[:, q, p]])
-            gram = h @ h.T
-            on, off = gram[0, 0] - gram[1, 1], 2 * gram[0, 1]
-            angle = 0.5 * np.arctan2(off, on + np.hypot(on, off))
-            if abs(angle) > 1e-3 / np.sqrt(len(x)):
-                turned = True
-                turn = eye.copy()
-                turn[np.ix_([p, q], [p, q])] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-                cumulants, rotation = turn.T @ cumulants @ turn, rotation @ turn
-        if not turned:
-            break
-    return (right[:columns].T * lengths[:columns] / np.sqrt(len(x))) @ rotation
-
-
 def spread_ica(x, columns, seed):
     """This library's estimator with its defaults."""
     return SpreadICA(columns, random_state=seed).fit(x).mixing_
@@ -218,6 +192,9 @@ MIXED = {
     "Picard-O, extended": picard_extended,
     "JADE": jade,
 }  # fmt: skip
+
+
+CLOSED_FORM = {"SpreadICA", "closed form, Laplace", "closed form, source='auto'"}
 
 
 def mixed_set(seed: int, count: int, laws: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -244,39 +221,39 @@ def bound(count: int, laws: tuple[str, ...], mixing: np.ndarray) -> float | None
     return float(total / np.abs(mixing).sum())
 
 
-def mixes(config: Config) -> list[dict]:
-    """A row for each mix of laws, number of examples and method."""
+def mixes(config: Config, known: list[dict]) -> list[dict]:
+    """A row for each mix of laws, number of examples and method; those of methods in `known` are taken from there."""
     pairs = [pair for pair in itertools.combinations_with_replacement(EIGHT, 2) if pair != ("Gauss", "Gauss")]
     rows = []
     for count in (1000, 10_000, 100_000):
         seeds = config.large_seeds if count == 100_000 else config.seeds
         for laws in (*pairs, *FIVES):
-            errors = {name: [] for name in MIXED}
-            failed = dict.fromkeys(MIXED, 0)
+            what = {"laws": list(laws), "count": count, "seeds": seeds}
+            kept = {row["method"]: row for row in known if what.items() <= row.items()}
+            errors = {name: [] for name in MIXED if name not in kept}
+            failed = dict.fromkeys(errors, 0)
             bounds = []
             for seed in range(seeds):
                 x, truth = mixed_set(seed, count, laws)
                 bounds.append(bound(count, laws, truth))
-                for name, method in MIXED.items():
-                    mixing = method(x, len(laws), seed)
+                for name in errors:
+                    mixing = MIXED[name](x, len(laws), seed)
                     if worst_cosine(mixing, truth) < 0.9:
                         failed[name] += 1
                     else:
                         errors[name].append(mixing_error(mixing, truth, kind="direction"))
             limit = None if bounds[0] is None else float(np.mean(bounds))
-            means = {name: float(np.mean(errors[name])) if errors[name] else float("nan") for name in MIXED}
+            means = {name: float(np.mean(errors[name])) if errors[name] else float("nan") for name in errors}
             for name in MIXED:
-                rows.append({
-                    "laws": list(laws),
-                    "count": count,
-                    "seeds": seeds,
+                rows.append(kept[name] if name in kept else {
+                    **what,
                     "method": name,
                     "mean": means[name],
                     "standard_error": float(np.std(errors[name]) / max(len(errors[name]), 1) ** 0.5),
                     "failures": failed[name],
                     "bound": limit,
                 })  # fmt: skip
-            shown = ", ".join(f"{name} {means[name]:.4f} ({failed[name]})" for name in MIXED)
+            shown = ", ".join(f"{name} {means[name]:.4f} ({failed[name]})" for name in errors)
             print(f"{' + '.join(laws)} N={count}: {shown}; bound {limit}", flush=True)
     return rows
 
@@ -295,18 +272,19 @@ def hum(seeds: int) -> dict:
 
 
 SIZES = (
-    *((count, size, size) for count in (300, 1000, 10_000) for size in (2, 4, 16)),
-    *((count, size, size) for count in (10_000, 100_000) for size in (64,)),
-    *((count, 64, 16) for count in (1000, 10_000, 100_000)),
-    *((100_000, size, size) for size in (2, 4, 16)),
+    *((count, size, size) for count in (300, 1000, 10_000, 100_000) for size in (2, 4, 16)),
+    *((count, size, size) for count in (1000, 10_000, 100_000) for size in (64,)),
+    *((count, 64, 16) for count in (300, 1000, 10_000, 100_000)),
     (10_000, 128, 128),
-    (1_000_000, 16, 16),
+    *((1_000_000, size, size) for size in (2, 4, 16)),
 )
+
+FIRST_SIZES = ((300, 4), (5000, 16), (100_000, 16), (1_000_000, 16))
 
 FIRST_FIT = """
 import time
 import numpy as np
-x = np.random.default_rng(0).laplace(size=(5000, 16)) @ np.random.default_rng(1).normal(size=(16, 16))
+x = np.random.default_rng(0).laplace(size=({count}, {size})) @ np.random.default_rng(1).normal(size=({size}, {size}))
 began = time.process_time()
 {imports}
 imported = time.process_time()
@@ -316,63 +294,80 @@ print(imported - began, time.process_time() - imported)
 FIRST_FITS = {
     "SpreadICA": (
         "from spread_jax.linear.sklearn import SpreadICA",
-        "SpreadICA(16, random_state=0).fit(x)",
+        "SpreadICA(random_state=0).fit(x)",
     ),
     "FastICA": (
         "from sklearn.decomposition import FastICA",
-        "FastICA(16, whiten='unit-variance', random_state=0).fit(x)",
+        "FastICA(whiten='unit-variance', random_state=0).fit(x)",
     ),
     "Picard, tanh": ("from picard import picard", "picard(x.T, ortho=False, extended=False, random_state=0)"),
 }
 
 
-def cpu_seconds(call: Callable, most: int = 3) -> float:
-    """The least CPU time of a few calls, fewer where one takes long."""
-    found = []
-    while len(found) < most and sum(found) < 2:
-        began = time.process_time()
-        call()
-        found.append(time.process_time() - began)
-    return min(found)
+def cpu_seconds(*calls: Callable, most: int = 200) -> list[float]:
+    """The least CPU time of many calls of each in turn, of fewer where they take long: 0.3 s for all of one."""
+    found = [[] for _ in calls]
+    while len(found[0]) < most and sum(map(sum, found)) < 0.3 * len(calls):
+        for times, call in zip(found, calls, strict=True):
+            began = time.process_time()
+            call()
+            times.append(time.process_time() - began)
+    return [min(times) for times in found]
+
+
+def fit_double(x, columns, seed):
+    """`ica.fit` of data in double precision."""
+    return ica.fit(x, columns, key=KEYS[seed]).mixing
+
+
+KEYS = [jax.random.key(0)]
+TIMED = {
+    "SpreadICA": spread_ica,
+    "ica.fit": fit_double,
+    "FastICA": fast_ica,
+    "Picard-O, extended": picard_extended,
+}
 
 
 def times() -> dict:
-    """Warm CPU seconds by size, five recordings of different lengths, and a first fit in a new process."""
-    methods = {"SpreadICA": spread_ica, "FastICA": fast_ica, "Picard-O, extended": picard_extended}
+    """Warm CPU seconds by size, five recordings of different lengths, and first fits in new processes."""
     warm = []
     for count, size, columns in SIZES:
         rng = np.random.default_rng(0)
         z = LAWS["Laplace"](rng, (count, columns))
         z[:, ::2] = LAWS["uniform"](rng, z[:, ::2].shape)
         x = z @ rng.normal(size=(columns, size))
-        row = {"count": count, "size": size, "columns": columns}
-        for name, method in methods.items():
-            if name == "SpreadICA" or count * size < 1e7 or name == "FastICA":
-                row[name] = cpu_seconds(lambda x=x, columns=columns, method=method: method(x, columns, 0))
-        warm.append(row)
-        print(row, flush=True)
+        names = [name for name in TIMED if count * size < 1e7 or name != "Picard-O, extended"]
+        seconds = cpu_seconds(*(functools.partial(TIMED[name], x, columns, 0) for name in names))
+        warm.append({"count": count, "size": size, "columns": columns, **dict(zip(names, seconds, strict=True))})
+        print(warm[-1], flush=True)
     known = []
     for count in (20_000, 5000, 1000):
         x, _ = data_set(0, count, 20, 10, "Laplace")
-        for name, method in KNOWN.items():
-            if name != "natural gradient" or count == 20_000:
-                method(x, 10, 0)  # compiles
-                seconds = cpu_seconds(lambda x=x, method=method: method(x, 10, 0))
-                known.append({"count": count, "method": name, "seconds": seconds})
-                print(known[-1], flush=True)
-    recordings = dict.fromkeys(methods, 0.0)
+        names = [name for name in KNOWN if name != "natural gradient" or count == 20_000]
+        calls = [functools.partial(KNOWN[name], x, 10, 0) for name in names]
+        for call in calls:
+            call()  # compiles
+        for name, seconds in zip(names, cpu_seconds(*calls), strict=True):
+            known.append({"count": count, "method": name, "seconds": seconds})
+            print(known[-1], flush=True)
+    recordings = dict.fromkeys(TIMED, 0.0)
     for index in range(5):
         rng = np.random.default_rng(index)
         x = LAWS["Laplace"](rng, (20_000 + 37 * index, 24)) @ rng.normal(size=(24, 24))
-        for name, method in methods.items():
-            recordings[name] += cpu_seconds(lambda x=x, method=method: method(x, 24, 0), most=1)
+        for name, method in TIMED.items():
+            recordings[name] += cpu_seconds(functools.partial(method, x, 24, 0), most=1)[0]
     print(recordings, flush=True)
-    first = {}
-    for name, (imports, fit) in FIRST_FITS.items():
-        program = FIRST_FIT.format(imports=imports, fit=fit)
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        first[name] = [float(value) for value in done.stdout.split()]
-    print(first, flush=True)
+    first = []
+    for count, size in FIRST_SIZES:
+        for name, (imports, fit) in FIRST_FITS.items():
+            if name != "Picard, tanh" or count <= 100_000:
+                program = FIRST_FIT.format(imports=imports, fit=fit, count=count, size=size)
+                done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+                import_seconds, fit_seconds = map(float, done.stdout.split())
+                row = {"count": count, "size": size, "method": name, "importing": import_seconds, "fit": fit_seconds}
+                first.append(row)
+                print(row, flush=True)
     return {"warm": warm, "known": known, "recordings": recordings, "first": first}
 
 
@@ -523,21 +518,20 @@ def hum_as_markdown(found: dict) -> list[str]:
 
 def times_as_markdown(found: dict) -> list[str]:
     """CPU seconds."""
-    names = ("SpreadICA", "FastICA", "Picard-O, extended")
     lines = [
         "",
         "## CPU seconds",
         "",
-        "`python -m benchmarks.ica --part times`, seed 0: Laplace and uniform sources in turn, double precision, the "
-        "least of three fits, of fewer where they take long.",
+        "`python -m benchmarks.ica --part times`, seed 0: Laplace and uniform sources in turn, double precision, all "
+        "methods in turn in one process, the least of up to 200 fits of each.",
         "",
-        f"| N | X | Z | {' | '.join(names)} | SpreadICA / FastICA |",
-        "|---|---|---|" + "---|" * (len(names) + 1),
+        f"| N | X | Z | {' | '.join(TIMED)} | SpreadICA / FastICA | ica.fit / FastICA |",
+        "|---|---|---|" + "---|" * (len(TIMED) + 2),
     ]
     for row in found["warm"]:
-        values = " | ".join(f"{row[name]:.4f}" if name in row else "-" for name in names)
-        ratio = row["SpreadICA"] / row["FastICA"]
-        lines.append(f"| {row['count']:,} | {row['size']} | {row['columns']} | {values} | {ratio:.2f} |")
+        values = [f"{row[name]:.5f}" if name in row else "-" for name in TIMED]
+        values += [f"{row[name] / row['FastICA']:.2f}" for name in ("SpreadICA", "ica.fit")]
+        lines.append(f"| {row['count']:,} | {row['size']} | {row['columns']} | {' | '.join(values)} |")
     lines += [
         "",
         "Ten Laplace sources in 20 dimensions, as in the first table:",
@@ -549,15 +543,20 @@ def times_as_markdown(found: dict) -> list[str]:
     for row in found["known"]:
         ratio = row["seconds"] / peers[row["count"]]
         lines.append(f"| {row['count']:,} | {row['method']} | {row['seconds']:.4f} | {ratio:.2f} |")
-    recordings = ", ".join(f"{name} {found['recordings'][name]:.2f}" for name in names)
-    first = "; ".join(
-        f"{name} {fit:.2f} after {imports:.2f} of importing" for name, (imports, fit) in found["first"].items()
-    )
+    recordings = ", ".join(f"{name} {found['recordings'][name]:.2f}" for name in TIMED)
     lines += [
         "",
-        f"Five recordings of 20,000 + 37 i examples of 24 columns, one after another: {recordings}. A first fit of "
-        f"5,000 examples of 16 columns in a new process: {first}.",
+        f"Five recordings of 20,000 + 37 i examples of 24 columns, one after another: {recordings}.",
+        "",
+        "A first fit in a new process, Laplace sources, X = Z:",
+        "",
+        "| N | X | method | importing | first fit |",
+        "|---|---|---|---|---|",
     ]
+    for row in found["first"]:
+        lines.append(
+            f"| {row['count']:,} | {row['size']} | {row['method']} | {row['importing']:.2f} | {row['fit']:.3f} |"
+        )
     return lines
 
 
@@ -569,18 +568,20 @@ def main(config: Config) -> None:
     unknown = {name: KNOWN[name] for name in ("closed form, source='auto'", "FastICA", "Picard, tanh")}
     path = config.out / "ica.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    square, more = earlier.get("square", []), earlier.get("overcomplete", [])
+    square, more, mixed = (earlier.get(name, []) for name in ("square", "overcomplete", "mixes"))
+    of_others = lambda rows: [] if config.others else [row for row in rows if row["method"] not in CLOSED_FORM]
     if config.part in ("all", "square"):
-        square = [row for count in (20_000, 5000, 1000) for row in measure(KNOWN, config.seeds, count, "Laplace")]
-        for law in list(LAWS)[1:]:
-            square += [row for count in (20_000, 1000) for row in measure(unknown, config.seeds, count, law)]
+        known, square = of_others(square), []
+        for law in LAWS:
+            for count in (20_000, 5000, 1000) if law == "Laplace" else (20_000, 1000):
+                square += measure(KNOWN if law == "Laplace" else unknown, config.seeds, count, law, known)
     if config.part in ("all", "overcomplete"):
         more = overcomplete(config.overcomplete_seeds)
     packages = ("jax", "jaxlib", "numpy", "scikit-learn", "python-picard")
     results = {
         "square": square,
         "overcomplete": more,
-        "mixes": mixes(config) if config.part in ("all", "mixes") else earlier.get("mixes", []),
+        "mixes": mixes(config, of_others(mixed)) if config.part in ("all", "mixes") else mixed,
         "hum": hum(config.seeds) if config.part in ("all", "hum") else earlier.get("hum", {}),
         "times": times() if config.part in ("all", "times") else earlier.get("times", {}),
         "cores": os.cpu_count(),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spread_jax.linear import _scores
-from spread_jax.linear._host import blocks, cond, library, mean_over, some_columns, while_loop
+from spread_jax.linear._host import blocks, cond, library, mean_over, some_columns, while_loop, within
 
 # Examples that the fixed point and, of more than twice as many, the first of Newton's steps look at; with many sources
 # 4 Z^2: the fewer, the more steps it takes, and from Z^2 / 2 it finds nothing.
@@ -22,9 +22,9 @@ _FIRST_LOOK = 8192
 # and no more than these.
 _FEWEST, _MOST = 4096, 32768
 _FIRST_STEPS = 100
-# Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: scores that
-# go on to follow the sources can go round in circles with them.
-_SETTLED, _FOLLOW = 0.5, 4
+# Scores follow the sources until a step is this small, in standard errors, and for so many steps at most: shorter ones
+# hardly change them, and scores that go on to follow the sources can go round in circles with them.
+_SETTLED, _FOLLOW = 3.0, 4
 # Steps before it is asked whether the estimates are correlated.
 _FREE = 5
 
@@ -52,8 +52,7 @@ def fixed_point(v, start, *, max_iterations: int, tolerance: float):
         w, _, t = carry
         g_v, slope = _contrast_averages(w, v_blocks)
         new = polar(g_v - slope[:, None] * w)
-        turn = xp.max(xp.abs(1 - xp.abs((new * w).sum(axis=1))))
-        return new, turn, t + 1
+        return new, 1 - xp.abs(xp.vecdot(new, w)).min(), t + 1
 
     carry = (start, xp.asarray(math.inf, start.dtype), 0)
     w, _, t = while_loop(lambda c: (c[1] > tolerance) & (c[2] < max_iterations), body, carry, xp)
@@ -64,12 +63,40 @@ def _contrast_averages(w, v_blocks):
     """E[g(u) v^T] and E g'(u) for u = W v."""
     xp = library(w)
 
-    def statistics(v, weights):
+    def statistics(v, weigh):
         u = w.astype(v.dtype) @ v
         r = 1 / xp.sqrt(1 + u * u)
-        return (u * r) @ (v * weights).T, (r * r * r * weights).sum(axis=1)
+        return weigh(u * r) @ v.T, xp.vecdot(r * r, weigh(r))
 
     return mean_over(statistics, v_blocks)
+
+
+def turn_of_two(v):
+    """The rotation [2, 2] of two white columns at which they are least Gaussian, of all: there is but one angle.
+
+    Non-Gaussian is what E[g(u) u] - E g'(u) and E[h(u) u] - E h'(u) are not zero for, with h(u) = 1 / (3/2 + u^2) and
+    g(u) = u h(u). Between steps of pi/32 by a parabola.
+
+    Args:
+      v: [2, n], whitened.
+
+    Returns:
+      W [2, 2], a rotation.
+    """
+    xp = library(v)
+    angles = np.arange(32) * (math.pi / 32)
+    y = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(v.dtype) @ v
+    r = 1 / (1.5 + y * y)
+    yr = y * r
+    odd = 1 - (0.5 * r.sum(axis=1) + 3 * xp.vecdot(r, r)) / v.shape[1]
+    even = (yr.sum(axis=1) + 2 * xp.vecdot(yr, r)) / v.shape[1]
+    found = odd * odd + even * even
+    found = found[:16] + found[16:]
+    best = xp.argmax(found)
+    before, most, after = found[best - 1], found[best], found[(best + 1) % 16]
+    angle = (best + 0.5 * (before - after) / xp.minimum(before - 2 * most + after, -1e-30)) * (math.pi / 32)
+    a, b = xp.cos(angle), xp.sin(angle)
+    return xp.stack([xp.stack([a, b]), xp.stack([-b, a])])
 
 
 def contrast(v, w):
@@ -78,7 +105,7 @@ def contrast(v, w):
     return library(v).square((g_v * w).sum(axis=1) - slope).sum()
 
 
-def part_pairs(v, w):
+def part_pairs(v, w, doubtful):
     """Turns pairs of rows of W that still mix two sources alike, where a fixed point can rest.
 
     Such a pair is uncorrelated and yet dependent. The pairs whose 1 / (3/2 + u^2) are most correlated, eight at most,
@@ -87,13 +114,12 @@ def part_pairs(v, w):
     Args:
       v: [Z, n], whitened.
       w: [Z, Z].
+      doubtful: [Z, Z], pairs that are to be turned in any case.
 
     Returns:
       W.
     """
     xp, count, size = library(v), v.shape[1], len(w)
-    angles = np.arange(8) * (math.pi / 16)
-    cos, sin = (xp.asarray(f(angles), v.dtype)[:, None] for f in (np.cos, np.sin))
     eye = xp.eye(size, dtype=w.dtype)
     # What chance leaves in as many pairs.
     significant = math.sqrt((10 + 4 * math.log(size)) / count)
@@ -103,7 +129,7 @@ def part_pairs(v, w):
         r = 1 / (1.5 + u * u)
         r = r - r.mean(axis=1, keepdims=True)
         r = r / xp.sqrt(xp.maximum(xp.vecdot(r, r), 1e-30))[:, None]
-        return u, xp.where(tried, 0, xp.abs(r @ r.T))
+        return u, xp.where(tried, 0, xp.abs(r @ r.T) + doubtful)
 
     def contrast(y):
         r = 1 / (1.5 + y * y)
@@ -113,6 +139,8 @@ def part_pairs(v, w):
 
     def body(carry):
         w, tried, u, correlation, t = carry
+        angles = np.arange(8) * (math.pi / 16)
+        cos, sin = (xp.asarray(f(angles), v.dtype)[:, None] for f in (np.cos, np.sin))
         place = xp.argmax(correlation)
         first, second = eye[place // size], eye[place % size]
         one, two = first.astype(v.dtype) @ u, second.astype(v.dtype) @ u
@@ -130,8 +158,8 @@ def part_pairs(v, w):
     return while_loop(going, body, (w, tried, *dependence(w, tried), 0), xp)[0]
 
 
-def newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal):
-    """M for W <- (I - M) W, and the standard deviation of its entries: what is left of source j in estimate i.
+def equations(slope, variance, a, own, count, untold, orthogonal):
+    """How a relative step follows from F, and what is left of source j in estimate i.
 
     F_ij = E[psi_i(u_i) u_j] is zero off the diagonal for independent sources. Its expected derivative couples (i, j)
     with (j, i) only: h_ij M_ij + a_i M_ji = F_ij with h_ij = E psi_i' E u_j^2 and a_i = E[psi_i u_i]. Over data
@@ -140,99 +168,141 @@ def newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal)
 
     If `orthogonal`, rows of W only turn, M_ij = -M_ji = (F_ij - F_ji) / (h_ij - a_i + h_ji - a_j), of variance
     (1 / (J_i + J_j - 2) + 1/4) / N: less is made of the data, and less asked of them.
+
+    Args:
+      slope, variance, a: [Z], E psi', Var psi and E[psi u], for sources of unit variance.
+      own: [Z], variance of observation noise in u, or 0.
+      count: N.
+      untold: the variance from which on a pair cannot be told apart.
+
+    Returns:
+      (P, Q, deviations), each [Z, Z] with a diagonal of zero: M = P * F + Q * F^T, and the standard deviations of its
+      entries, 1 for a pair that cannot be told apart: it is made uncorrelated and not turned.
     """
-    xp = library(w)
-    dtype = v_blocks[0][0].dtype if isinstance(v_blocks, list) else v_blocks[0].dtype
-    narrow_w, narrow_c = w.astype(dtype), coefficients.astype(dtype)
+    xp = library(slope)
+    off = ~np.eye(len(slope), dtype=bool)
+    column = lambda row: row[:, None]
+    clean = a - own * slope
 
-    def statistics(v, weights):
-        u = narrow_w @ v
-        psi = law.score(narrow_c, u)
-        weighted = u * weights
-        return psi @ weighted.T, (psi * weights).sum(axis=1), (psi * psi * weights).sum(axis=1), xp.vecdot(u, weighted)
+    def free(_):
+        both = xp.outer(clean, clean)
+        product = xp.outer(slope, slope)
+        determinant = product - both
+        of_f = column(variance) * (1 + own)
+        squares = slope**2 * of_f + column(clean**2) * of_f.T - 2 * slope * column(clean) * xp.outer(a, a)
+        safe = determinant > 1e-6 * xp.abs(product)
+        divisor = xp.where(safe, determinant, 1)
+        squares = xp.where(safe, xp.maximum(squares, 0) / (divisor * divisor * count), 1)
+        told = safe & (squares < untold)
+        told = told & told.T
+        total = slope + clean
+        alike = 1 / xp.maximum(column(total) + total, 1e-30)
+        p, q = xp.where(told, slope / divisor, alike), xp.where(told, -column(clean) / divisor, alike)
+        return off * p, off * q, off * xp.sqrt(xp.where(told, squares, 1))
 
-    psi_u, mean, square, power = mean_over(statistics, v_blocks)
-    square = square - mean * mean
-    noise_u = w @ noise @ w.T
-    own = xp.diagonal(noise_u)
-    a = xp.diagonal(psi_u)
-    f = psi_u - noise_u * slope[:, None]  # Stein: E psi(z_i + e_i)(z_j + e_j) = E psi' Cov(e_i, e_j)
-    h = slope[:, None] * (power - own)[None, :]
-    clean = (a - own * slope)[:, None]
-    determinant = h * h.T - clean * clean.T
-    of_f = square[:, None] * power[None, :]
-    variance = h.T**2 * of_f + clean**2 * of_f.T - 2 * h.T * clean * (a[:, None] * a[None, :])
-    tiny = xp.finfo(w.dtype).tiny
-    safe = determinant > 1e-6 * xp.abs(h * h.T)
-    divisor = xp.where(safe, determinant, 1)
-    variance = xp.where(safe, xp.maximum(variance, 0) / (divisor * divisor * count), 1)
-    told = safe & (variance < law.untold)
-    told = told & told.T
-    # A pair that cannot be told apart is made uncorrelated and not turned.
-    uncorrelate = (f + f.T) / xp.maximum(h + h.T + clean + clean.T, tiny)
-    step = xp.where(told, (h.T * f - clean * f.T) / divisor, uncorrelate)
-    rise = h + h.T - clean - clean.T
-    rest = (square - a * a)[:, None] + (square - a * a)[None, :]
-    turn_variance = (rest / xp.maximum(rise * rise, tiny) + 0.25) / count
-    turns = (rise > 1e-6) & (turn_variance < law.untold)
-    turn = xp.where(turns, (f - f.T) / xp.where(turns, rise, 1), 0)
-    step = xp.where(orthogonal, turn, step)
-    told, variance = xp.where(orthogonal, turns, told), xp.where(orthogonal, turn_variance, variance)
-    eye = xp.eye(len(w), dtype=w.dtype)
-    step = xp.where(eye > 0, xp.where(orthogonal, 0, 0.5 * (power - own - 1))[:, None], step)
-    deviation = xp.sqrt(xp.where(told, variance, 1))
-    return step, xp.where(eye > 0, 0, deviation)
+    def turning(_):
+        rise, rest = slope - clean, variance - a * a
+        rise, rest = column(rise) + rise, column(rest) + rest
+        squares = (rest / xp.maximum(rise * rise, 1e-30) + 0.25) / count
+        told = off & (rise > 1e-6) & (squares < untold)
+        p = xp.where(told, 1 / xp.where(told, rise, 1), 0)
+        return p, -p, off * xp.sqrt(xp.where(told, squares, 1))
+
+    return cond(orthogonal, turning, free, None, xp)
+
+
+def rounding(dtype) -> float:
+    """The length of a step below which rounding, not the data, makes it."""
+    return 2000 * float(np.finfo(dtype).eps)
 
 
 def newton(v, law, start, noise, orthogonal, first, *, max_iterations: int, tolerance: float):
-    """Newton's steps until all are below `tolerance` standard errors, the scores estimated anew while they are long.
+    """Newton's steps until what is left of the way is predicted to be below `tolerance` standard errors.
 
-    The estimates of independent sources are uncorrelated, but for what N examples leave to chance. Once those of a free
-    W are not, the sources are not independent either, and from there on W is orthogonal.
+    The scores are estimated anew while steps are long. The estimates of independent sources are uncorrelated, but for
+    what N examples leave to chance. Once those of a free W are not, the sources are not independent either, and from
+    there on W is orthogonal.
 
     Args:
       start: [Z, Z].
       orthogonal: whether W is to be orthogonal from the beginning.
-      noise: [Z, Z], covariance of observation noise in the coordinates of v; zero without.
+      noise: [Z, Z], covariance of observation noise in the coordinates of v, or None.
       first: iterations made before.
 
     Returns:
-      (W, iterations, largest entry of the last step in standard errors, standard deviations [Z, Z] as in
-      `newton_step`, whether W is orthogonal).
+      (W, iterations, largest entry of what is left in standard errors, standard deviations [Z, Z] as in `equations`,
+      whether W is orthogonal).
     """
-    xp, count, v_blocks = library(v), v.shape[1], blocks(v)
-    num_looked = count if xp is np and law.smooth else min(max(count // 4, _FEWEST), _MOST, count)
-    look = blocks(some_columns(v, num_looked), law.size)
-    # Below this rounding, not the data, makes the steps.
-    floor = 2000 * float(xp.finfo(v.dtype).eps)
-    shortest = 1 / math.sqrt(count)
+    xp, count, v_blocks = library(v), v.shape[1], blocks(v, 4)
+    num_looked = count if law.smooth else min(max(count // 4, _FEWEST), _MOST, count)
+    look = v_blocks if law.smooth else blocks(some_columns(v, num_looked), 4 * law.size)
+    least = np.asarray(rounding(v.dtype) + np.eye(len(start)), start.dtype)
+    slope_error = min(15 / math.sqrt(count), 0.3)
     pairs = max(len(start) * (len(start) - 1) / 2, 1)
 
+    def dependent(w):
+        correlations = w @ w.T
+        squares = 0.5 * (xp.square(correlations).sum() - len(w)) / pairs
+        return squares * count > 2 + 8 / math.sqrt(pairs)
+
     def body(carry):
-        w, coefficients, slope, residual, _, t, orthogonal = carry
-        squares = xp.square(w @ w.T).sum() - xp.square(xp.square(w).sum(axis=1)).sum()
-        dependent = squares / (2 * pairs) * count > 2 + 8 / math.sqrt(pairs)
-        orthogonal = orthogonal | (dependent & (t >= first + _FREE))
-        estimate = lambda w: _scores.project(law, w, look, num_looked)
-        keep = lambda _: (coefficients, slope)
-        follow = (residual > _SETTLED) & (t < first + _FOLLOW)
-        coefficients, slope = cond(follow, estimate, keep, w, xp)
-        step, deviation = newton_step(w, law, coefficients, slope, v_blocks, noise, count, orthogonal)
-        scale = xp.where(deviation > 0, deviation, shortest) + floor
-        residual = xp.max(xp.abs(step) / scale)
+        w, scores, system, previous, left, t, orthogonal, last = carry
+        asked = (t >= first + _FREE) | (left <= tolerance)
+        turning = cond(asked, lambda w: orthogonal | dependent(w), lambda _: orthogonal, w, xp)
+        follow = (previous > _SETTLED) & (t < first + _FOLLOW)
+        scores = cond(follow, lambda w: _scores.project(law, w, look, num_looked), lambda _: scores, w, xp)
+        coefficients, slope, variance = scores
+        f = psi_u = cross_moments(law, coefficients, w, v_blocks)
+        own = 0
+        if noise is not None:  # Stein: E psi(z_i + e_i)(z_j + e_j) = E psi' Cov(e_i, e_j)
+            noise_u = w @ noise @ w.T
+            f, own = psi_u - noise_u * slope[:, None], xp.diagonal(noise_u)
+        renew = lambda _: equations(slope, variance, xp.diagonal(psi_u), own, count, law.untold, turning)
+        renewed = follow | (turning != orthogonal)
+        system = cond(renewed, renew, lambda _: system, None, xp)
+        p, q, deviation = system
+        step = p * f + q * f.T
+        scaled = step / (deviation + least)
+        residual, length = xp.abs(scaled).max(), xp.abs(step).max()
+        # What the next step is of this one: as much as the last time, and no less than the chance in slopes and the
+        # second order of this step leave to it.
+        rate = within(residual / previous, within(length, slope_error, 0.9, xp), 0.9, xp)
         # Full steps, then shrinking ones: few examples can make the full ones go round in circles.
-        most = xp.minimum(1, 20 / (t - first + 1)) * xp.minimum(1, 0.3 / xp.maximum(xp.max(xp.abs(step)), 1e-30))
-        w = cond(orthogonal, polar, lambda w: w, w - (most * step) @ w, xp)
-        return w, coefficients, slope, residual, deviation, t + 1, orthogonal
+        share = within(20 / (t - first + 1), 0, 1, xp) / within(length / 0.3, 1, math.inf, xp)
+        move = (share * step) @ w
+
+        def secant(_):
+            """The step to where F would vanish on the line through this and the last of W."""
+            change = scaled - last[2]
+            how_far = within((change * scaled).sum() / ((change * change).sum() + 1e-30), -4.0, 1.0, xp)
+            return w - move - how_far * (w - last[0] - move + last[1])
+
+        along = (previous < _SETTLED) & ~renewed
+        last, w = (w, move, scaled), cond(along, secant, lambda _: w - move, None, xp)
+        # White data of unit variance have sources of unit variance.
+        w = cond(turning, polar, lambda w: w / xp.sqrt(xp.vecdot(w, w))[:, None], w, xp)
+        return w, scores, system, residual, residual * rate / (1 - rate), t + 1, turning, last
 
     def going(carry):  # a NaN ends the loop too: the comparison is false
-        return (carry[3] > tolerance) & (carry[5] < max_iterations)
+        w, *_, left, t, orthogonal, _ = carry
+        arrived = (left <= tolerance) & ~orthogonal
+        return cond(arrived, dependent, lambda _: left > tolerance, w, xp) & (t < max_iterations)
 
-    nothing = xp.zeros((len(start), law.size), start.dtype)
-    infinite = xp.asarray(math.inf, start.dtype)
-    carry = (start, nothing, nothing[:, 0], infinite, xp.zeros_like(start), first, orthogonal)
-    w, _, _, residual, deviation, t, orthogonal = while_loop(going, body, carry, xp)
-    return w, t, residual, deviation, orthogonal
+    nothing, infinite = xp.zeros_like(start), xp.asarray(math.inf, start.dtype)
+    scores = xp.zeros((len(start), law.size), start.dtype), nothing[0], nothing[0]
+    carry = (start, scores, (nothing,) * 3, infinite, infinite, first, orthogonal, (nothing,) * 3)
+    w, _, (_, _, deviation), _, left, t, orthogonal, _ = while_loop(going, body, carry, xp)
+    return w, t, left, deviation, orthogonal
+
+
+def cross_moments(law, coefficients, w, v_blocks):
+    """E[psi_i(u_i) u_j], u = W v."""
+
+    def statistics(v, weigh):
+        u = w.astype(v.dtype) @ v
+        return (weigh(law.score(coefficients.astype(v.dtype), u)) @ u.T,)
+
+    return mean_over(statistics, v_blocks)[0]
 
 
 def default_scale(count: int) -> float:
@@ -257,10 +327,27 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
     xp = library(v)
     num_sources, count = v.shape
     first_look = min(max(_FIRST_LOOK, 4 * num_sources**2), count)
-    look = some_columns(v, first_look)
+    look = v if xp is np and count <= 2 * first_look else some_columns(v, first_look)
     first_steps = max(min(max_iterations // 2, _FIRST_STEPS), 1)
-    close = max(1e-4, 0.2 * num_sources / first_look)  # a row turned by less than its standard error
-    run = lambda start: fixed_point(look, start, max_iterations=first_steps, tolerance=close)
+    few = max(_FEWEST // 4, 4 * num_sources**2)
+    looks = [look]
+    if num_sources == 2:
+        looks = [look] if first_look > 3 * few else []
+    elif xp is np and first_look > 3 * few:  # JAX would compile it all twice
+        looks = [some_columns(look, few), look]
+
+    def run(w):
+        t = 0
+        if num_sources == 2:
+            w, t = turn_of_two(some_columns(look, few)).astype(w.dtype), 1
+        for v in looks:
+            # Until a row turns by less than its standard error, or so little that the next turn will be far less.
+            close = max(3e-4, 0.2 * num_sources / v.shape[1])
+            most = first_steps - t if v is look else min(first_steps - 1, 10)
+            w, more = fixed_point(v, w, max_iterations=most, tolerance=close)
+            t = t + more
+        return w, t
+
     if len(starts) == 1:
         w, t = run(starts[0])
     else:
@@ -270,16 +357,17 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         best = xp.argmax(found[2])
         w, t = found[0][best], found[1][best]
 
-    w = part_pairs(some_columns(look, _FEWEST), w)
     observed = noise is not None
-    noise = xp.zeros((num_sources, num_sources), v.dtype) if noise is None else noise.astype(v.dtype)
+    noise = noise.astype(v.dtype) if observed else None
 
     def law_at(w):
         # Observation noise spreads the data already; what is added makes up the rest.
-        own = xp.diagonal(w @ noise @ w.T)
+        own = xp.diagonal(w @ noise @ w.T) if observed else xp.zeros(num_sources, v.dtype)
         if source is None:
-            noisy = own > 0  # the root's derivative at 0 is no number
-            return _scores.AnyLaw(num_sources, count), xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0), None
+            if observed:
+                noisy = own > 0  # the root's derivative at 0 is no number
+                own = xp.where(noisy, xp.sqrt(xp.where(noisy, own, 1)), 0)
+            return _scores.AnyLaw.of(num_sources, count), own, None
         scale = default_scale(count) if noise_scale is None else noise_scale
         s = xp.sqrt(xp.maximum(xp.square(xp.broadcast_to(xp.asarray(scale, v.dtype), own.shape)), own))
         d = xp.sqrt(xp.maximum(xp.square(s) - own, 0))
@@ -287,15 +375,25 @@ def fit(v, starts, source, noise_scale, noise, *, likelihood: bool, max_iteratio
         table = _scores.score_table(source, s[rows], d[rows], jnp.result_type(float) if xp is np else v.dtype)
         return _scores.NamedLaw(np.asarray(table, v.dtype) if xp is np else table), s, d
 
+    def settle(carry):
+        w, t, _, leakage, orthogonal, rounds = carry
+        if num_sources > 2:
+            w = part_pairs(some_columns(look, _FEWEST), w, leakage == 1)
+        if xp is np and count > 2 * first_look and not rounds:  # JAX would compile it all twice
+            limits = {"max_iterations": max_iterations - 2, "tolerance": _SETTLED}
+            w, t, _, _, orthogonal = newton(look, law, w, noise, orthogonal, t, **limits)
+        limits = {"max_iterations": max_iterations, "tolerance": tolerance}
+        return *newton(v, law, w, noise, orthogonal, t, **limits), rounds + 1
+
+    # Pairs that cannot be told apart may rest where they look alike: they are turned and all settles once more.
+    going = lambda carry: (carry[-1] < 1) | ((carry[-1] < rounds) & (carry[3] == 1).any() & (carry[1] < max_iterations))
+    rounds = 2 if num_sources > 2 else 1
     orthogonal = xp.asarray(False)
     # The share of observation noise in each source, and with it the law, is known only after a first fit.
     for _ in range(2 if observed and source is not None else 1):
         law, s, d = law_at(w)
-        limits = {"max_iterations": max_iterations - 2, "tolerance": _SETTLED}
-        if xp is np and count > 2 * first_look:  # JAX would compile it all twice
-            w, t, _, _, orthogonal = newton(look, law, w, noise, orthogonal, t, **limits)
-        limits = {"max_iterations": max_iterations, "tolerance": tolerance}
-        w, t, residual, leakage, orthogonal = newton(v, law, w, noise, orthogonal, t, **limits)
+        carry = w, t, xp.asarray(math.inf, w.dtype), xp.zeros_like(w), orthogonal, 0
+        w, t, residual, leakage, orthogonal, _ = while_loop(going, settle, carry, xp)
     if likelihood:
         w = _likelihood_scale(w, law, d, blocks(v))
     return {"rotation": w, "noise_scale": s, "num_iterations": t, "residual": residual, "leakage": leakage}
@@ -305,10 +403,10 @@ def _likelihood_scale(w, law, d, v_blocks):
     """Rows of W such that E[psi~(u) u] + d^2 E psi~'(u) = 1, the scale of largest spread likelihood: W [Z, Z]."""
     xp = library(w)
 
-    def statistics(v, weights):
+    def statistics(v, weigh):
         u = w.astype(v.dtype) @ v
         psi, slope = _scores.look_up(law.table, u)
-        return tuple((value * weights).sum(axis=1) for value in (psi * u, slope, slope * u * u))
+        return tuple(weigh(value).sum(axis=1) for value in (psi * u, slope, slope * u * u))
 
     for _ in range(3):
         a, slope, slope_square = mean_over(statistics, v_blocks)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["device_moments", "host_moments"]
+__all__ = ["centred", "device_moments", "host_moments"]
 
 
 def host_moments(x: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -18,16 +18,24 @@ def host_moments(x: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray
     summed is the difference to the first row, so that constant columns have a variance of zero exactly.
     """
     origin = np.array(x[0], np.float64)
-    mean = np.zeros(x.shape[1])
-    scatter = np.zeros((x.shape[1], x.shape[1]))
+    mean, scatter = 0, 0
     for start in range(0, len(x), chunk_size):
-        rows = x[start : start + chunk_size] - origin
-        chunk_mean = rows.mean(axis=0)
-        rows -= chunk_mean
-        difference, count = chunk_mean - mean, start + len(rows)
-        scatter += rows.T @ rows + np.outer(difference, difference) * (len(rows) * start / count)
-        mean += difference * (len(rows) / count)
+        # Features first: sums and differences along the examples then take a step at a time.
+        features = centred(x[start : start + chunk_size], origin)
+        chunk_mean = features.mean(axis=1)
+        features -= chunk_mean[:, None]
+        products = features @ features.T
+        if start:
+            difference, count = chunk_mean - mean, start + features.shape[1]
+            products += np.outer(difference, difference) * (features.shape[1] * start / count)
+            chunk_mean = mean + difference * (features.shape[1] / count)
+        mean, scatter = chunk_mean, scatter + products
     return origin + mean, scatter / len(x)
+
+
+def centred(x: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """(x - mean)^T of [N, X] in float64, [X, N] in rows."""
+    return np.subtract(x.T, mean[:, None], out=np.empty(x.shape[::-1]))
 
 
 @functools.partial(jax.jit, static_argnums=1)

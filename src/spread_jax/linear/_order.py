@@ -23,16 +23,21 @@ def stable_order(mixing):
       (order [Z], signs [Z]): the columns in order are (mixing * signs)[:, order].
     """
     xp = np if isinstance(mixing, np.ndarray) else jnp
+    tiny = xp.finfo(mixing.dtype).tiny
     # Relative to the largest entry of all, so that no square under- or overflows.
-    columns = mixing / xp.maximum(xp.abs(mixing).max(), xp.finfo(mixing.dtype).tiny)
-    sizes = xp.abs(columns)
+    sizes = xp.abs(mixing)
+    largest = xp.maximum(sizes.max(), tiny)
+    columns, sizes = mixing / largest, sizes / largest
     first = xp.argmax(sizes >= (1 - MARGIN) * sizes.max(axis=0), axis=0)
-    signs = xp.where(xp.take_along_axis(columns, first[None], axis=0)[0] < 0, -1, 1).astype(mixing.dtype)
+    signs = xp.where(columns[first, np.arange(columns.shape[1])] < 0, -1, 1).astype(mixing.dtype)
     variances = xp.square(columns).sum(axis=0)
     by_variance = xp.argsort(-variances)
     falling = variances[by_variance]
-    group = xp.concatenate([xp.zeros(1, int), xp.cumsum(falling[1:] < (1 - MARGIN) * falling[:-1])])
-    direction = xp.cos(xp.arange(1.0, mixing.shape[0] + 1, dtype=mixing.dtype))
-    cosines = signs * (direction @ columns) / xp.sqrt(xp.maximum(variances, xp.finfo(mixing.dtype).tiny))
-    cosines = cosines / xp.linalg.norm(direction)
+    apart = falling[1:] < (1 - MARGIN) * falling[:-1]
+    if xp is np and apart.all():
+        return by_variance, signs
+    group = xp.concatenate([np.zeros(1, bool), apart]).cumsum()
+    direction = np.cos(np.arange(1.0, len(mixing) + 1))
+    direction = (direction / np.linalg.norm(direction)).astype(mixing.dtype)
+    cosines = signs * (direction @ columns) / xp.sqrt(xp.maximum(variances, tiny))
     return by_variance[xp.argsort(group - 0.25 * cosines[by_variance])], signs

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -35,27 +36,42 @@ _PLACES = np.clip(np.arange(-_HALF, _HALF + 1) / _HALF, 0.5 / _HALF - 1, 1 - 0.5
 _GRID = _BEND * _PLACES / (1 - np.abs(_PLACES))
 
 
+@dataclasses.dataclass(frozen=True)
 class AnyLaw:
     """u, u / (c + u^2) and 1 / (c + u^2): in their span lies, nearly, the score of any law of unit variance.
 
     Students' laws have the former as scores, at all scales c; the differences to u are what light tails need, and
     the latter, even in u, what skewed laws need. The first three functions always count, the others where the data
     say so.
+
+    Args:
+      least: the smallest scale c.
     """
 
+    least: float
+
     # Functions, those that always count, and those that are even.
-    size, kept, even = 7, 3, (2, 5)
+    size: ClassVar[int] = 7
+    kept: ClassVar[int] = 3
+    even: ClassVar[list[int]] = [2, 5]
     # Whether a grid shows all of them.
-    smooth = True
+    smooth: ClassVar[bool] = True
     # Two sources whose share in each other is uncertain by more than this variance cannot be told apart: turned by any
     # angle they explain the data as well. Of Gaussian sources, chance seldom makes it smaller.
-    untold = 0.01
+    untold: ClassVar[float] = 0.01
 
-    def __init__(self, num_sources: int, count: int):
-        # The averages of f' over a window of width c^1/2 must be sure for all pairs of sources at once.
-        least = min(max((30 * num_sources / count) ** (2 / 3), 0.02), 0.3)
-        # (c, index of u / (c + u^2), index of 1 / (c + u^2))
-        self.widths = ((1.5, 1, 2), (least, 3, None), (math.sqrt(1.5 * least), 4, 5), (8.0, 6, None))
+    @classmethod
+    def of(cls, num_sources: int, count: int) -> AnyLaw:
+        """The functions that N examples of Z sources can bear."""
+        # The averages of f' over a window of width c^1/2 must be sure for all pairs of sources at once. In steps, so
+        # that few tables serve all N.
+        octaves = round(12 * math.log2(30 * num_sources / count)) / 12
+        return cls(min(max(2 ** (octaves * 2 / 3), 0.02), 0.3))
+
+    @property
+    def widths(self):
+        """(c, index of u / (c + u^2), index of 1 / (c + u^2))."""
+        return (1.5, 1, 2), (self.least, 3, None), (math.sqrt(1.5 * self.least), 4, 5), (8.0, 6, None)
 
     def functions(self, u):
         """(f, f') at u [Z, n]: each [7, Z, n]."""
@@ -71,25 +87,29 @@ class AnyLaw:
                 values[even], slopes[even] = r, -2 * values[odd] * r
         return xp.stack(values), xp.stack(slopes)
 
-    @functools.cached_property
-    def on_grid(self):
-        """What `project` averages, at the points of the grid: [points, 2 K^2 + 3 K]."""
-        f, slope = (a[:, 0] for a in self.functions(_GRID[None]))
-        off = slope - f * _GRID
-        gram = lambda a: (a[:, None] * a).reshape(-1, a.shape[1])
-        return np.concatenate([gram(f), gram(off), f, off, slope]).T
-
     def score(self, coefficients, u):
         """The combination with coefficients [Z, 7] at u [Z, n]."""
-        square = u * u
-        column = lambda index: coefficients[:, index, None]
-        odd_part, even_part = column(0), 0
-        for c, odd, even in self.widths:
-            r = 1 / (square + c)
-            odd_part = odd_part + column(odd) * r
-            if even is not None:
-                even_part = even_part + column(even) * r
-        return u * odd_part + even_part
+        scales, odd, even = zip(*self.widths, strict=True)
+        # Of u / (c + u^2) and of 1 / (c + u^2), [Z, 2, 4].
+        which = np.array([odd, [0 if index is None else index for index in even]])
+        weights = coefficients[:, which] * (which > 0).astype(u.dtype)
+        r = 1 / ((u * u)[:, None] + np.array(scales, u.dtype)[:, None])
+        both = weights @ r if library(u) is np else (weights[:, :, :, None] * r[:, None]).sum(axis=2)
+        return u * (both[:, 0] + coefficients[:, :1]) + both[:, 1]
+
+
+@functools.lru_cache(maxsize=16)
+def _on_grid(law):
+    """What `project` averages for `AnyLaw`, at the points of the grid, [points, 2 K^2 + 3 K], and the unit [K] of each
+    function in it: its standard deviation under the Gaussian law.
+    """
+    f, slope = (a[:, 0] for a in law.functions(_GRID[None]))
+    weights = np.exp(-0.5 * np.square(_GRID)) * np.gradient(_GRID)
+    units = np.sqrt(np.cov(f, aweights=weights).diagonal())[:, None]
+    f, slope = f / units, slope / units
+    off = slope - f * _GRID
+    gram = lambda a: (a[:, None] * a).reshape(-1, a.shape[1])
+    return np.concatenate([gram(f), gram(off), slope, f, off]).T, units[:, 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,8 +121,11 @@ class NamedLaw:
     """
 
     table: jax.Array | np.ndarray
-    size, kept, even, smooth = 2, 1, (), False
-    untold = 0.2  # nothing of the law is estimated: chance does not look like a law
+    size: ClassVar[int] = 2
+    kept: ClassVar[int] = 1
+    even: ClassVar[list[int]] = []
+    smooth: ClassVar[bool] = False
+    untold: ClassVar[float] = 0.2  # nothing of the law is estimated: chance does not look like a law
 
     def functions(self, u):
         """(f, f') at u [Z, n]: each [2, Z, n]."""
@@ -127,54 +150,76 @@ def project(law, w, v_blocks, count):
       count: examples in them.
 
     Returns:
-      (coefficients [Z, K], E psi' [Z]).
+      (coefficients [Z, K], E psi' [Z], Var psi [Z]).
 
     Source: D. T. Pham and P. Garat, Blind separation of mixture of independent sources through a quasi-maximum
       likelihood approach, IEEE Trans. Signal Processing 45, 1997, for scores as projections.
     """
-
-    def statistics(u, weights):
-        f, slope = law.functions(u)
-        off = slope - f * u
-        # One weight for all, as in NumPy, is left to the sums.
-        weigh, of_sum = (lambda a: a * weights, 1) if weights.ndim else (lambda a: a, weights)
-        gram = lambda a: a.transpose(1, 0, 2) @ weigh(a).transpose(1, 2, 0) * of_sum
-        mean = lambda a: weigh(a).sum(axis=2).T * of_sum
-        return gram(f), gram(off), mean(f), mean(off), mean(slope)
-
-    if law.smooth and isinstance(v_blocks, list):
-        sums = _histogram(w, v_blocks) @ law.on_grid
-        squares, means = sums[:, : 2 * law.size**2], sums[:, 2 * law.size**2 :]
-        covariance, noise = (a.reshape(-1, law.size, law.size) for a in np.split(squares, 2, axis=1))
-        f, off, d = np.split(means, 3, axis=1)
+    xp, size = library(w), law.size
+    if law.smooth:
+        on_grid, units = _on_grid(law)
+        counts, units = _histogram(w, v_blocks), units.astype(w.dtype)
+        if xp is np:  # few sources reach the ends of the grid
+            reached = np.flatnonzero(counts.any(axis=0))
+            reached = slice(reached[0], reached[-1] + 1)
+            sums = counts[:, reached] @ on_grid[reached]
+        else:
+            sums = counts @ xp.asarray(on_grid, w.dtype)
     else:
-        of_block = lambda v, weights: statistics(w.astype(v.dtype) @ v, weights)
-        covariance, noise, f, off, d = mean_over(of_block, v_blocks)
-    covariance = covariance - f[:, :, None] * f[:, None, :]
-    noise = noise - off[:, :, None] * off[:, None, :]
+
+        def statistics(v, weigh):
+            u = w.astype(v.dtype) @ v
+            f, slope = law.functions(u)
+            off = slope - f * u
+            gram = lambda a: (a.transpose(1, 0, 2) @ weigh(a).transpose(1, 2, 0)).reshape(len(u), -1)
+            return (xp.concatenate([gram(f), gram(off), *(weigh(a).sum(axis=2).T for a in (slope, f, off))], axis=1),)
+
+        sums, units = mean_over(statistics, v_blocks)[0], 1
+    means = sums[:, -2 * size :].reshape(-1, 2, size)
+    products = (means[:, :, :, None] * means[:, :, None, :]).reshape(len(w), -1)
+    moments = xp.concatenate([sums[:, : 2 * size * size] - products, sums[:, 2 * size * size : -2 * size]], axis=1)
     combine = _combine_alike if law.even and len(w) > 1 else _combine
-    coefficients = combine(law, covariance, noise, d, count, len(w))
-    return coefficients, (coefficients * d).sum(axis=1)
+    coefficients = combine(law, moments, count, len(w))
+    covariance, _, d = _parts(law, moments)
+    variance = (coefficients * (covariance @ coefficients[:, :, None])[:, :, 0]).sum(axis=1)
+    return coefficients / units, (coefficients * d).sum(axis=1), variance
+
+
+def _parts(law, moments):
+    """B [n, K, K], the covariance of errors of d for one example [n, K, K], and d [n, K], of their row each."""
+    square = law.size**2
+    matrix = lambda a: a.reshape(-1, law.size, law.size)
+    return matrix(moments[:, :square]), matrix(moments[:, square : 2 * square]), moments[:, 2 * square :]
 
 
 def _histogram(w, v_blocks):
     """The sources u = W v, counted on the grid: [Z, points], rows that sum to one."""
-    offsets = (len(_GRID) * np.arange(len(w)) + _HALF + 0.5)[:, None]  # a half, so that truncation rounds
-    counts = np.zeros(len(w) * len(_GRID), int)
-    for v, _ in v_blocks:
+    offsets = (len(_GRID) * np.arange(len(w)) + _HALF)[:, None]
+    if not isinstance(v_blocks, list):
+        # Each example counts at the two points beside it, so that derivatives go through.
+        def statistics(v, weigh):
+            u = w @ v
+            place = _HALF * u / (_BEND + jnp.abs(u))
+            below = jnp.clip(jnp.floor(place), -_HALF, _HALF - 1)
+            index, share = below.astype(int) + offsets, place - below
+            counts = jnp.zeros(len(w) * len(_GRID), v.dtype)
+            return (counts.at[index].add(weigh(1 - share)).at[index + 1].add(weigh(share)),)
+
+        return mean_over(statistics, v_blocks)[0].reshape(len(w), -1)
+    counts = 0
+    for v in v_blocks:
         u = w.astype(v.dtype) @ v
         place = np.abs(u)
         place += _BEND
         np.divide(u, place, out=place)
         place *= _HALF
-        place += offsets.astype(v.dtype)
-        counts += np.bincount(place.ravel().astype(int), minlength=len(counts))
-    counts = counts.reshape(len(w), -1)
-    return counts / counts[0].sum()
+        place += (offsets + 0.5).astype(v.dtype)  # a half, so that truncation rounds
+        counts = counts + np.bincount(place.ravel().astype(int), minlength=len(w) * len(_GRID))
+    return counts.reshape(len(w), -1) / sum(v.shape[1] for v in v_blocks)
 
 
-def _combine(law, covariance, noise, d, count, num_sources):
-    """Coefficients [n, K] from B [n, K, K], the covariance of errors of d for one example [n, K, K], and d [n, K].
+def _combine(law, moments, count, num_sources):
+    """Coefficients [n, K] from the moments of n sources, as in `_parts`.
 
     The first `law.kept` functions get the coefficients that the data ask for. In the rest of the span, the coefficient
     of each direction, t standard errors from zero, is shrunk by 1 - log(Z q) / t^2, to zero if that is negative, with q
@@ -182,76 +227,88 @@ def _combine(law, covariance, noise, d, count, num_sources):
     f oscillates q^1/2 times. Half of it is right on the whole: a score that is too smooth costs more than a rough one.
 
     Args:
-      count: examples, one number or [n].
-      num_sources: Z, one number or [n].
+      count: examples, one number or [n, 1].
+      num_sources: Z, one number or [n, 1].
     """
-    xp, size, kept = library(d), law.size, law.kept
-    count, num_sources = (xp.asarray(a, d.dtype).reshape(-1, 1) for a in (count, num_sources))
-    lengths = xp.sqrt(xp.maximum(xp.diagonal(covariance, axis1=1, axis2=2), _RIDGE))
-    outer = lengths[:, :, None] * lengths[:, None, :]
-    noise = noise / outer
+    xp, kept = library(moments), law.kept
+    covariance, noise, d = _parts(law, moments)
     # What is not known of d counts as if f varied by as much: some f hardly varies where a law is discrete.
-    b = covariance / outer + noise / count[:, :, None] + _RIDGE * xp.eye(size, dtype=d.dtype)
-    d = d / lengths
-    solved = xp.linalg.solve(b[:, :kept, :kept], xp.concatenate([d[:, :kept, None], b[:, :kept, kept:]], axis=2))
-    if size == kept:
-        return solved[:, :, 0] / lengths
-    first = xp.concatenate([solved[:, :, 0], xp.zeros_like(d[:, kept:])], axis=1)
-    # The rows of T are orthogonal to the kept functions, then of length one, then of independent errors.
-    eye = xp.broadcast_to(xp.eye(size - kept, dtype=d.dtype), (len(d), size - kept, size - kept))
-    t = xp.concatenate([-xp.swapaxes(solved[:, :, 1:], 1, 2), eye], axis=2)
-    t = xp.linalg.solve(xp.linalg.cholesky(t @ b @ xp.swapaxes(t, 1, 2)), t)
-    values, axes = xp.linalg.eigh(t @ noise @ xp.swapaxes(t, 1, 2))
-    t = xp.swapaxes(axes, 1, 2) @ t
-    along = (t @ d[:, :, None])[:, :, 0]
+    b = (
+        covariance
+        + noise / xp.asarray(count, d.dtype).reshape(-1, 1, 1)
+        + np.asarray(_RIDGE * np.eye(law.size), d.dtype)
+    )
+    # Directions of length one, each orthogonal to the functions before it; the rest then turned to independent errors.
+    directions = xp.linalg.inv(xp.linalg.cholesky(b))
+    along = (directions @ d[:, :, None])[:, :, 0]
+    rest = directions[:, kept:]
+    values, axes = xp.linalg.eigh(rest @ noise @ xp.swapaxes(rest, 1, 2))
+    turned = (along[:, None, kept:] @ axes)[:, 0]
     threshold = xp.log(xp.maximum(num_sources * values, 2)) * xp.maximum(values, 0) / count
-    square = along * along
+    square = turned * turned
     counts = square > threshold  # an even function has a square of 0 in a common score, which divides nothing
-    along = xp.where(counts, 1 - threshold / xp.where(counts, square, 1), 0) * along
-    return (first + (along[:, None, :] @ t)[:, 0]) / lengths
+    turned = xp.where(counts, 1 - threshold / xp.where(counts, square, 1), 0) * turned
+    along = xp.concatenate([along[:, :kept], (axes @ turned[:, :, None])[:, :, 0]], axis=1)
+    return (along[:, None, :] @ directions)[:, 0]
 
 
-def _combine_alike(law, covariance, noise, d, count, num_sources):
+def _combine_alike(law, moments, count, num_sources):
     """`_combine`, but with the same coefficients for all sources whose laws cannot be told from each other.
 
     The tails are heavy or light as E f' - E f u is positive or negative for f = u / (c + u^2): those of either kind are
     compared with what they have in common. Signs of sources are arbitrary, so that a common score is odd; a source that
     is skewed is told apart by that.
     """
-    xp = library(d)
-    odd = np.array([index not in law.even for index in range(law.size)], float).astype(d.dtype)
-    both = np.outer(odd, odd) + np.diag(1 - odd)
-    nobody = np.diag(1 + np.arange(law.size)).astype(d.dtype)
-    lengths = xp.sqrt(xp.maximum(xp.diagonal(noise, axis1=1, axis2=2), _RIDGE))
-    outer = lengths[:, :, None] * lengths[:, None, :]
-    precision = count * xp.linalg.inv(noise / outer + 1e-4 * xp.eye(law.size, dtype=d.dtype)) / outer
-    light = (d[:, 1] < covariance[:, 0, 1]).astype(int)
+    xp, dtype = library(moments), moments.dtype
+    covariance, noise, d = _parts(law, moments)
+    mask, nobody, more, most = _of_odd_scores(law, dtype)
+    precision = xp.linalg.inv(noise * more + most)
+    sides = (d[:, 1] < covariance[:, 0, 1]) == np.array([[False], [True]])
 
     def together(alike):
-        members = (alike * (light == np.arange(2)[:, None])).astype(d.dtype)
-        totals = members.sum(axis=1)
-        share = members / xp.maximum(totals, 1)[:, None]
-        mean = lambda a: (share @ a.reshape(num_sources, -1)).reshape(2, *a.shape[1:])
-        # Of nobody, something whose eigenvalues differ: derivatives of equal ones would be no numbers.
-        empty = (totals == 0)[:, None, None]
-        squares = xp.where(empty, xp.eye(law.size, dtype=d.dtype), mean(covariance) * both)
-        return (squares, xp.where(empty, nobody, mean(noise) * both), mean(d) * odd), count * totals + 1
+        members = xp.where(alike, sides, False).astype(dtype)
+        totals = members.sum(axis=1, keepdims=True)
+        means = (members @ moments) * mask / xp.maximum(totals, 1)
+        return xp.where(totals > 0, means, nobody), count * totals + 1
 
     def fits(common):
         rest = d - (covariance @ common[:, :, None])[:, :, 0]
-        return (rest * (precision @ rest[:, :, None])[:, :, 0]).sum(axis=1) < _ALIKE
+        return count * xp.vecdot(rest, (precision @ rest[:, :, None])[:, :, 0]) < _ALIKE
 
-    means, totals = together(xp.ones(num_sources))
-    counts = xp.concatenate([xp.full(num_sources, count, d.dtype), totals.astype(d.dtype)])
-    own_and_common = map(xp.concatenate, zip((covariance, noise, d), means, strict=True))
-    found = _combine(law, *own_and_common, counts, np.append(np.full(num_sources, num_sources), [1, 1]))
-    own, common = found[:num_sources], found[num_sources:][light]
+    def of_side(found):
+        return xp.where(sides[1][:, None], found[1], found[0])
+
+    means, counts = together(True)
+    counts = xp.concatenate([xp.full((num_sources, 1), count, dtype), counts])
+    chances = np.array([[num_sources]] * num_sources + [[1], [1]], dtype)
+    found = _combine(law, xp.concatenate([moments, means]), counts, chances)
+    own, common = found[:num_sources], of_side(found[num_sources:])
     alike = fits(common)
-    mixed = lambda side: 0 < (alike & (light == side)).sum() < (light == side).sum()
-    if xp is jnp or mixed(0) or mixed(1):  # those of another law have had a say: once more without them
-        common = _combine(law, *together(alike)[0], together(alike)[1], 1)[light]
-        alike = alike & fits(common)
+    if xp is jnp or not alike.all():
+        # Those of another law have had a say: once more without them, if more than one is left.
+        left = xp.where(alike, sides, False)
+        several = left.sum(axis=1) > 1
+        if xp is jnp or (several & (left != sides).any(axis=1)).any():
+            common = of_side(_combine(law, *together(alike), 1))
+            alike = alike & fits(common)
+        alike = alike & xp.where(sides[1], several[1], several[0])
     return xp.where(alike[:, None], common, own)
+
+
+@functools.lru_cache(maxsize=16)
+def _of_odd_scores(law, dtype):
+    """Constants of `_combine_alike`.
+
+    Returns:
+      What the moments of sources of either sign are multiplied by, 0 or 1; moments of nobody, whose eigenvalues differ:
+      derivatives of equal ones would be no numbers; and by what the covariance of errors is multiplied and how much is
+      added to it, so that it has an inverse.
+    """
+    odd, eye = np.ones(law.size), np.eye(law.size)
+    odd[law.even] = 0
+    both = (np.outer(odd, odd) + np.diag(1 - odd)).ravel()
+    nobody = np.concatenate([eye.ravel(), np.diag(1.0 + np.arange(law.size)).ravel(), np.zeros(law.size)])
+    return tuple(a.astype(dtype) for a in (np.concatenate([both, both, odd]), nobody, 1 + 1e-4 * eye, 1e-9 * eye))
 
 
 @functools.partial(jax.jit, static_argnames="dtype")

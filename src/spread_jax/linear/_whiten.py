@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from spread_jax.linear._host import library
-from spread_jax.linear._moments import host_moments
+from spread_jax.linear._moments import centred, host_moments
 
-_CHUNK = 8192
+
+def _chunk_size(x):
+    """Rows of [N, X] in one step: their copy in double precision stays in a CPU's cache."""
+    return max(2**15 // x.shape[1], 256)
 
 
 class Axes(NamedTuple):
@@ -63,42 +66,49 @@ def principal_axes(x, variance=None) -> Axes:
     eps = float(xp.finfo(x.dtype).eps)
     eps_inside = float(np.finfo(np.float64).eps) if xp is np else eps
     if xp is np and count >= size:
-        mean, covariance = host_moments(x, _CHUNK)
+        mean, covariance = host_moments(x, _chunk_size(x))
     else:
-        centred = (x.astype(np.float64) if xp is np else x) - x[0]
-        mean = centred.mean(axis=0)
-        centred, mean = centred - mean, x[0] + mean
+        rows = (x.astype(np.float64) if xp is np else x) - x[0]
+        mean = rows.mean(axis=0)
+        rows, mean = rows - mean, x[0] + mean
         # Relative to its largest value no column's square under- or overflows.
-        largest = xp.maximum(xp.abs(centred).max(axis=0), xp.finfo(x.dtype).tiny)
-        centred = centred / largest
-        covariance = None if count < size else centred.T @ centred / count
+        largest = xp.maximum(xp.abs(rows).max(axis=0), xp.finfo(x.dtype).tiny)
+        rows = rows / largest
+        covariance = None if count < size else rows.T @ rows / count
     if covariance is None:
-        squares = xp.square(centred).mean(axis=0)
+        squares = xp.square(rows).mean(axis=0)
     else:
         squares = xp.diagonal(covariance)
     scales = xp.sqrt(xp.maximum(squares, 0))
     unit = 1 if xp is np and count >= size else largest
-    constant = ~(scales * unit > 4 * eps * xp.abs(mean))
-    scales = xp.where(constant, 1, scales)
+    deviation = scales * unit
+    constant = ~(deviation > 4 * eps * xp.abs(mean))
+    some_constant = xp is not np or constant.any()
+    if some_constant:
+        scales, deviation = (xp.where(constant, 1, a) for a in (scales, deviation))
     if covariance is None:
-        standard = xp.where(constant, 0, centred / scales)
+        standard = xp.where(constant, 0, rows / scales)
         _, lengths, axes = xp.linalg.svd(standard, full_matrices=False)
         variances, axes = xp.square(lengths) / count, axes.T
         if variance is not None:
-            variances = variances - xp.square(axes / (scales * unit)[:, None]).sum(axis=0) * variance
+            variances = variances - xp.square(axes / deviation[:, None]).sum(axis=0) * variance
         floor = max(x.shape) * eps_inside
     else:
-        correlation = xp.where(constant | constant[:, None], 0, covariance / scales / scales[:, None])
+        correlation = covariance / (scales * scales[:, None])
+        if some_constant:
+            correlation = xp.where(constant | constant[:, None], 0, correlation)
         if variance is not None:
-            correlation = correlation - xp.diag(variance / xp.square(scales * unit))
+            correlation = correlation - xp.diag(variance / xp.square(deviation))
         variances, axes = xp.linalg.eigh(correlation)
         variances, axes = variances[::-1], axes[:, ::-1]
         floor = math.sqrt(max(size, 8) * eps_inside)  # squares keep half the digits
     deviations = xp.sqrt(xp.maximum(variances, 0))
-    rounding = xp.where(constant, 0, eps * (1 + xp.abs(mean) / (scales * unit)))
-    rounding = 4 * xp.sqrt(xp.square(axes * rounding[:, None]).sum(axis=0))
-    deviations = xp.where(deviations > xp.maximum(floor * deviations[0], rounding), deviations, 0)
-    return Axes(mean, xp.where(constant, 1, scales * unit), axes, deviations)
+    rounding = 4 * eps * (1 + xp.abs(mean) / deviation)
+    floor = floor * deviations[0]
+    if some_constant or not deviations[-1] > max(floor, rounding.max()):  # what rounds most, rounds no axis more
+        rounding = xp.sqrt(xp.square(axes * xp.where(constant, 0, rounding)[:, None]).sum(axis=0))
+        deviations = xp.where(deviations > xp.maximum(floor, rounding), deviations, 0)
+    return Axes(mean, deviation, axes, deviations)
 
 
 def principal_components(axes: Axes, count: int):
@@ -109,10 +119,7 @@ def principal_components(axes: Axes, count: int):
       along orthogonal axes, the first columns of D, which fall in length.
     """
     xp = library(axes.axes)
-    inside = axes.deviations > 0
-    from_white = axes.scales[:, None] * axes.axes * axes.deviations
-    inverse = xp.where(inside, 1 / xp.where(inside, axes.deviations, 1), 0)
-    to_white = (axes.axes * inverse).T / axes.scales
+    from_white, to_white = _axes_of_white(axes)
     largest = xp.maximum(xp.abs(from_white).max(), xp.finfo(from_white.dtype).tiny)
     _, deviations, turn = xp.linalg.svd(from_white / largest, full_matrices=False)
     turn = turn[:count]
@@ -120,6 +127,17 @@ def principal_components(axes: Axes, count: int):
     largest_entries = xp.take_along_axis(columns, xp.abs(columns).argmax(axis=0)[None], axis=0)[0]
     signs = xp.where(largest_entries < 0, -1, 1).astype(columns.dtype)
     return columns * signs, signs[:, None] * (turn @ to_white), deviations[:count] * largest
+
+
+def _axes_of_white(axes):
+    """(D [X, n], V [n, X]) of all axes, in units of x; zero along those where data do not vary."""
+    xp = library(axes.axes)
+    if xp is np and axes.deviations[-1] > 0:
+        inverse = 1 / axes.deviations
+    else:
+        inside = axes.deviations > 0
+        inverse = xp.where(inside, 1 / xp.where(inside, axes.deviations, 1), 0)
+    return axes.scales[:, None] * axes.axes * axes.deviations, (axes.axes * inverse).T / axes.scales
 
 
 def whiten(x, axes: Axes, count: int, variance=None, dtype=None):
@@ -133,19 +151,24 @@ def whiten(x, axes: Axes, count: int, variance=None, dtype=None):
       (v [Z, N], D [X, Z], V [Z, X], noise [Z, Z] or None): v = V (x - mean), D V projects onto the components, and
       `noise` is the covariance of observation noise in v.
     """
-    from_white, to_white, _ = principal_components(axes, count)
-    if isinstance(x, np.ndarray):
+    host = isinstance(x, np.ndarray)
+    if host and count == len(axes.deviations):  # whatever they are along, white data of all axes differ by a turn
+        from_white, to_white = _axes_of_white(axes)
+    else:
+        from_white, to_white, _ = principal_components(axes, count)
+    if host:
         dtype = x.dtype if dtype is None else dtype
         v = np.empty((count, len(x)), dtype)
-        for start in range(0, len(x), _CHUNK):
-            v[:, start : start + _CHUNK] = to_white @ (x[start : start + _CHUNK] - axes.mean).T
-        starts = range(0, len(x), _CHUNK)
-        chunks = (v[:, start : start + _CHUNK] for start in starts)
-        covariance = sum((chunk @ chunk.T).astype(np.float64) for chunk in chunks) / len(x)
-        factor = np.linalg.cholesky(covariance if variance is None else covariance - variance * to_white @ to_white.T)
-        inverse = np.linalg.inv(factor)
+        chunk = _chunk_size(x)
+        for start in range(0, len(x), chunk):
+            v[:, start : start + chunk] = to_white @ centred(x[start : start + chunk], axes.mean)
         # Squaring x lost digits of its small directions; this restores them, where it is needed.
-        if np.abs(factor - np.eye(count)).max() > 1e-5:
+        if axes.deviations[axes.deviations > 0][-1] < 1e-4 * axes.deviations[0]:
+            chunks = (v[:, start : start + chunk] for start in range(0, len(x), chunk))
+            covariance = sum((chunk @ chunk.T).astype(np.float64) for chunk in chunks) / len(x)
+            noise = 0 if variance is None else variance * to_white @ to_white.T
+            factor = np.linalg.cholesky(covariance - noise)
+            inverse = np.linalg.inv(factor)
             v = inverse.astype(dtype) @ v
             to_white, from_white = inverse @ to_white, from_white @ factor
     else:

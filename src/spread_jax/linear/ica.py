@@ -37,7 +37,7 @@ from spread_jax._checks import (
 from spread_jax._pytree import frozen_pytree
 from spread_jax._random import check_one_key
 from spread_jax.linear import _closed_form, _gibbs, _iterative
-from spread_jax.linear._host import library, promotes_as_numpy
+from spread_jax.linear._host import library, normal_draws, promotes_as_numpy
 from spread_jax.linear._order import stable_order
 from spread_jax.linear._sampling import PosteriorMoments, importance_moments, pseudo_inverse
 from spread_jax.linear._whiten import principal_axes, whiten
@@ -330,8 +330,9 @@ def fit(
     only forward derivatives, `jax.jvp` and `jax.jacfwd`, go through them.
 
     Args:
-      x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, in its own precision, with
-        nothing to compile, and gives NumPy arrays; a JAX array is fitted where it lies.
+      x: [N, X], data, float32 or float64. With closed_form a NumPy array is fitted by NumPy, with nothing to compile,
+        and gives NumPy arrays: whitened in double precision, its rotation found in float32 unless `tolerance` asks for
+        more. A JAX array is fitted where it lies, in its own precision.
       num_sources: Z; X if not given. More than X makes the model overcomplete.
       method: "closed_form" (the default "auto" for Z <= X), "natural_gradient", "spread_em", "em" or "gibbs" (the
         default for Z > X).
@@ -348,11 +349,13 @@ def fit(
       num_spread_samples: of y for each x.
       rows_per_draw: as in `posterior_moments`.
       max_iterations: most steps; 200, 80, 500, 500 or 1100 in the order of the methods above.
-      tolerance: in standard errors over examples. closed_form stops when no entry of a relative step exceeds it (0.1).
+      tolerance: in standard errors over examples. closed_form stops when no entry of what is predicted to be left of
+        its way exceeds it (0.1).
         EM stops, and every sampling method is called converged, when no entry of the mean relative gradient exceeds it
         (0.25): what is left to gain is then less than the data can tell. Nor may turning two columns of A, by pi/8 or
         pi/4, be likelier by more standard errors than that (not looked at by gibbs).
       num_restarts: random starts, run side by side by vmap; the best likelihood (contrast, for closed_form) is kept.
+        Of two sources closed_form looks at all angles.
         Chains have no likelihood to compare, so for gibbs the runs vote: a column counts that most of them found.
         All of it takes 2 num_restarts / 3 + 3 / 2 times max_iterations.
       key: a JAX random key.
@@ -547,10 +550,15 @@ def _closed_form_fit(
 ):
     """The closed form's result, in NumPy or in JAX as x is."""
     xp = library(x)
-    v, from_white, to_white, noise = whiten(x, axes, num_sources, observation_scale**2 if observed else None)
+    dtype = x.dtype
+    if xp is np and options["tolerance"] / len(x) ** 0.5 > _closed_form.rounding(np.float32):
+        dtype = np.float32  # for the rotation; x is whitened in double precision
+    v, from_white, to_white, noise = whiten(x, axes, num_sources, observation_scale**2 if observed else None, dtype)
     shape = options["num_restarts"], num_sources, num_sources
-    if xp is np:  # JAX's generator would have to be compiled
-        starts = np.random.default_rng(np.asarray(jax.random.key_data(key))).normal(size=shape)
+    if num_sources == 2:  # all angles are looked at
+        starts = xp.eye(2, dtype=v.dtype)[None]
+    elif xp is np:  # JAX's generator would have to be compiled
+        starts = normal_draws(tuple(np.asarray(jax.random.key_data(key)).tolist()), shape)
     else:
         starts = jax.random.normal(key, shape, v.dtype)
     found = _closed_form.fit(

@@ -29,7 +29,7 @@ except ImportError:  # scikit-learn 1.5 has it as a method
 
 
 from spread_jax.linear import _closed_form, ica, pca
-from spread_jax.linear._host import some_columns
+from spread_jax.linear._host import normal_draws, some_columns
 from spread_jax.linear._order import stable_order
 from spread_jax.linear._spread_law import SpreadLaw
 from spread_jax.linear._whiten import principal_axes, principal_components, whiten
@@ -165,7 +165,8 @@ class SpreadICA(_LinearModel):
       max_iter: iterations at most; the method's default if None.
       tol: tolerance of convergence, in standard errors; the method's default if None.
       w_init: where the closed form starts, [n_components, n_components] in whitened coordinates; random if None.
-      n_restarts: random starts, of which the best is kept; with method "gibbs" they vote on the columns.
+      n_restarts: random starts, of which the best is kept; with method "gibbs" they vote on the columns. For two
+        components the closed form needs none: it looks at all angles.
       random_state: None, an int or a RandomState: where the random starts come from.
 
     Attributes:
@@ -237,7 +238,7 @@ class SpreadICA(_LinearModel):
         """
         self._check_parameters()
         _check_integer("SpreadICA", "n_restarts", self.n_restarts)
-        X = validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2, ensure_min_features=2)
+        X = self._checked(X)
         # Float32 from here on, also for float64 data: an error of 1e-6 in a rotation is far below the statistical
         # error, 1 / sqrt(n_samples), and it halves time and memory. Whitened data lose nothing by it.
         if self.whiten:
@@ -296,15 +297,20 @@ class SpreadICA(_LinearModel):
         if leakage is not None:
             self.noise_scale_ = self.noise_scale_[order]
             self.leakage_ = leakage[order][:, order].astype(X.dtype)
-            squares = np.square(mixing).sum(axis=0)[order]
-            self.column_errors_ = np.sqrt(squares @ np.square(self.leakage_) / squares)
             self._warn_of_untold()
         self._warn_unless(converged)
-        self._law = None
+        self._law_examples = None
         if size <= len(v):
-            u = ((inverse * signs[:, None])[order]).astype(v.dtype) @ some_columns(v, _LAW_EXAMPLES)
-            self._law = SpreadLaw.of(u, self.mixing_.astype(float), np.sqrt(np.square(from_white).sum() / X.shape[1]))
+            u = inverse.astype(v.dtype) @ some_columns(v, _LAW_EXAMPLES)
+            self._law_examples = u[order] * signs[:, None].astype(v.dtype)
+            self._deviation = np.sqrt(np.square(from_white).sum() / X.shape[1])
         return self
+
+    @property
+    def column_errors_(self):
+        """[n_components], the predicted error of each column of `mixing_`, relative to its length."""
+        squares = np.square(self.mixing_).sum(axis=0)
+        return np.sqrt(squares @ np.square(self.leakage_) / squares)
 
     def score_samples(self, X):
         """Expected log-density of each sample under the spread model, over its noise: E log p~(x + noise).
@@ -319,16 +325,32 @@ class SpreadICA(_LinearModel):
           [n_samples], nats.
         """
         check_is_fitted(self)
-        if self._law is None:
+        if self._law_examples is None:
             raise ValueError("score needs n_components to be at most the rank of the data it was fitted to.")
         X = validate_data(self, X, dtype=_DTYPES, reset=False)
         u = (X - self.mean_) @ self.components_.T
-        return self._law.log_density(u, X - self.mean_ - u @ self.mixing_.T)
+        law = SpreadLaw.of(self._law_examples, self.mixing_.astype(float), self._deviation)
+        return law.log_density(u, X - self.mean_ - u @ self.mixing_.T)
+
+    def _checked(self, X):
+        """X, checked; scikit-learn looks long for data frames, where there is but an array."""
+        plain = type(X) is np.ndarray and X.dtype in _DTYPES and X.ndim == 2 and min(X.shape) > 1
+        if not plain or not np.isfinite(X).all():
+            return validate_data(self, X, dtype=_DTYPES, ensure_min_samples=2, ensure_min_features=2)
+        self.n_features_in_ = X.shape[1]
+        vars(self).pop("feature_names_in_", None)
+        return X
 
     def _starts(self, size):
         """Orthogonal matrices to start from, [restarts, Z, Z]."""
         if self.w_init is None:
-            starts = check_random_state(self.random_state).normal(size=(self.n_restarts, size, size))
+            random, shape = self.random_state, (self.n_restarts, size, size)
+            if size == 2:  # all angles are looked at
+                return np.eye(2)[None]
+            if isinstance(random, numbers.Integral) and 0 <= random < 2**32:
+                starts = normal_draws(int(random), shape)
+            else:
+                starts = check_random_state(random).normal(size=shape)
         else:
             starts = check_array(self.w_init, dtype=np.float64)[None]
             if starts.shape[1:] != (size, size):
@@ -336,8 +358,8 @@ class SpreadICA(_LinearModel):
         return _closed_form.polar(starts)
 
     def _warn_of_untold(self):
-        untold = np.flatnonzero((self.leakage_ > _UNTOLD).any(axis=1))
-        if len(untold):
+        if self.leakage_.max() > _UNTOLD:
+            untold = np.flatnonzero((self.leakage_ > _UNTOLD).any(axis=1))
             warnings.warn(
                 f"SpreadICA cannot tell components {', '.join(map(str, untold))} apart: they look Gaussian, or the "
                 f"samples are too few. They span the right subspace; leakage_ says how sure the others are.",
