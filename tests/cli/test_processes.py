@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from spread_jax.cli import train
+from spread_jax.cli import sample, train
 from spread_jax.models import open_run
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +104,7 @@ def in_this_process(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_run_that_one_continues(tmp_path, in_this_process):
+def test_two_processes_are_one_run_that_one_continues(tmp_path, in_this_process, monkeypatch, capsys):
     """A signal at one of them stops both after the same step; one goes on; all losses are those of one throughout."""
     workdir = tmp_path / "two"
     process = start_two(workdir, tmp_path, steps=100_000)
@@ -133,6 +133,13 @@ def test_two_processes_are_one_run_that_one_continues(tmp_path, in_this_process)
     assert run.latents.means.shape == (10, 2)
     np.testing.assert_allclose(run.latents.sample(500, jax.random.key(0)).std(axis=0), 1, atol=0.9)
     assert "z from a mixture" in json.loads((workdir / "figures.json").read_text())["samples.png"]["caption"]
+    monkeypatch.setattr(sample, "configure", lambda: None)
+    arguments = [str(workdir), "--num", "2", "--grid", str(tmp_path / "grid.png")]
+    for told in (False, True):
+        capsys.readouterr()
+        assert sample.main(arguments) == 0
+        assert ("--latents mixture fits one" in capsys.readouterr().err) == told
+        (workdir / f"latents_{2 * steps - 1:06d}.npz").unlink(missing_ok=True)
 
 
 @pytest.mark.skipif("SPREAD_JAX_KILLS" not in os.environ, reason="set SPREAD_JAX_KILLS to kill one of two processes")
