@@ -13,7 +13,7 @@ that may be learned, to discriminate. Every other way is one flag away.
   python -m experiments.celeba --noise low_rank ...               gaussian, laplace, low_rank, transformed
 
 --help shows the settings of the objective and the noise that are named beside it. The same command again resumes an
-interrupted run, or says that it is finished. `demo` takes about 4 minutes on 2 cores, `small` about 25
+interrupted run, or says that it is finished. `demo` takes about 4 minutes on 2 cores, `small` about 20
 (docs/results/faces.md).
 """
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,7 @@ def noise_numbers(settings: FitSettings, run: Trained, splits: Mapping[str, Data
 
 
 def draw_samples(runs: Mapping[str, Trained], latents: np.ndarray, path: Path) -> None:
-    """The same latents through the generator of every noise, side by side."""
+    """The same latents through the generator of every noise, side by side; of a mixture where a run has one."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(runs), 3.5), layout="constrained")
@@ -256,7 +257,7 @@ def draw_samples(runs: Mapping[str, Trained], latents: np.ndarray, path: Path) -
     for axes, (name, run) in zip(panels, runs.items(), strict=True):
         z = run.latents.sample(len(latents), jax.random.key(0)) if run.method.mixture_latents else latents
         axes.imshow(image_grid(sample(run, len(z), latents=z), columns=8, padding=1))
-        axes.set_title(TITLES.get(name, name), fontsize=10)
+        axes.set_title(textwrap.fill(TITLES.get(name, run.method.title), 40), fontsize=10)
         axes.axis("off")
     save_figure(figure, path)
 
@@ -383,9 +384,8 @@ def main(argv: list[str] | None = None, *, networks: Mapping[str, Any] | None = 
             for name, method in methods.items()
         }
         latents = shown_latents(settings.seed, typed.method.latent_dim)
-        draw_samples(
-            runs, latents, folder.save_figure_path("samples.png", caption="The same latents under every noise.")
-        )
+        shown = "The same latents under every noise." if len(runs) > 1 else "Samples x = g(z); none is selected."
+        draw_samples(runs, latents, folder.save_figure_path("samples.png", caption=shown))
         for run in runs.values():
             if isinstance(getattr(run.method, "noise", None), LearnedCovariance):
                 draw_covariance(

@@ -3,18 +3,28 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from sklearn.decomposition import PCA
 
 from experiments import mnist
 from spread_jax.cli.flags import parse_training
 from spread_jax.errors import UsageError
-from spread_jax.models import NOISES, InvertibleLocation, SettingError, open_run
+from spread_jax.models import (
+    NOISES,
+    DeltaVae,
+    DensityRatioVae,
+    InvertibleLocation,
+    LatentMixture,
+    SettingError,
+    open_run,
+)
 from spread_jax.noise import LearnedCovariance, NoiseCollapseError
 from spread_jax.objectives import spread_elbo
 from spread_jax.training import TrainingInterrupted
@@ -281,3 +291,21 @@ def test_bad_input_gets_a_sentence(name, run, tmp_path):
     with pytest.raises(SettingError, match=message):
         run(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()
+
+
+def test_samples_are_titled_by_noise_or_method_and_drawn_from_a_mixture_where_there_is_one(tmp_path, monkeypatch):
+    titles, drawn = [], []
+    monkeypatch.setattr(Axes, "set_title", lambda axes, text, **_: titles.append(text))
+    monkeypatch.setattr(
+        mnist, "sample", lambda run, num, latents: drawn.append(latents) or np.zeros((num, 28, 28, 1), np.float32)
+    )
+    z = np.zeros((4, 3), np.float32)
+    far = LatentMixture(np.ones(1), np.full((1, 3), 9.0), 0.1 * np.eye(3)[None])
+    runs = {
+        "laplace": SimpleNamespace(method=DeltaVae(), latents=None),
+        "none": SimpleNamespace(method=DensityRatioVae(), latents=far),
+    }
+    mnist.draw_samples(runs, z, tmp_path / "samples.png")
+    assert titles == ["Laplace", "delta-VAE sharpened by density ratios\nover many scales of noise"]
+    np.testing.assert_array_equal(drawn[0], z)
+    assert drawn[1].min() > 8

@@ -3,7 +3,8 @@
 spread-jax sample runs/celeba/demo-0                       a grid of 64 in the run's folder
 spread-jax sample runs/celeba/demo-0 --num 1000 --folder samples/
 spread-jax sample runs/celeba/demo-0 --best-of 4           of every four that which the critic finds best
-spread-jax sample runs/celeba/small-0 --latents mixture    latents from a mixture fitted to the encoded training images
+spread-jax sample runs/celeba/small-0 --truncation 0.8     fewer odd samples, and less varied ones
+spread-jax sample runs/mine --latents mixture              latents from a mixture fitted to the encoded training images
 """
 
 from __future__ import annotations
